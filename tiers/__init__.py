@@ -1,0 +1,21 @@
+"""Where pages live: a crash-safe page store with a bounded DRAM arena over a page file."""
+
+from tiers.budget import Budget, parse_size
+from tiers.disk import Disk, OsDisk
+from tiers.errors import TierError
+from tiers.space import Constant, Space, SpaceSpec, Uniform
+from tiers.store import Claim, Store
+
+__all__ = [
+    "Budget",
+    "Claim",
+    "Constant",
+    "Disk",
+    "OsDisk",
+    "Space",
+    "SpaceSpec",
+    "Store",
+    "TierError",
+    "Uniform",
+    "parse_size",
+]

@@ -1,0 +1,122 @@
+"""A budget: how many bytes each tier may hold, and the account of what DRAM holds."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tiers.errors import BudgetError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+    "tib": 1 << 40,
+    "pib": 1 << 50,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "pb": 10**15,
+}
+
+
+def parse_size(size: str | int) -> int:
+    """Return a size in bytes; ``"64MiB"``, ``"1.5 GiB"``, ``"10GB"`` and plain integers are understood.
+
+    Raises
+    ------
+    BudgetError
+        For anything else, naming the value.
+    """
+    if isinstance(size, bool) or not isinstance(size, (str, int)):
+        raise BudgetError(f"a size is a string like '64MiB' or a number of bytes, not {size!r}")
+    if isinstance(size, int):
+        size_bytes = size
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+        if match is None or match[2].lower() not in _UNITS:
+            raise BudgetError(f"a size is a string like '64MiB' or a number of bytes, not {size!r}")
+        size_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size_bytes <= 0:
+        raise BudgetError(f"a size must be positive, not {size!r}")
+    return size_bytes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes each tier may hold.
+
+    Parameters
+    ----------
+    dram : str or int
+        Hard limit of everything the store keeps in memory: frames, cached map nodes, page tables,
+        buffers and the bookkeeping of frames. ``"64MiB"`` or a number of bytes.
+    nvme : str or int, optional
+        Most bytes the page file may grow to; as large as the disk allows when left out.
+
+    Raises
+    ------
+    BudgetError
+        If a size cannot be understood.
+    """
+
+    dram: str | int
+    nvme: str | int | None = None
+
+    def __post_init__(self) -> None:
+        parse_size(self.dram)
+        if self.nvme is not None:
+            parse_size(self.nvme)
+
+    @property
+    def dram_bytes(self) -> int:
+        return parse_size(self.dram)
+
+    @property
+    def nvme_bytes(self) -> int | None:
+        return None if self.nvme is None else parse_size(self.nvme)
+
+    @classmethod
+    def of(cls, budget: Budget | str | int) -> Budget:
+        """Return `budget` as a `Budget`; a bare size is the DRAM budget."""
+        return budget if isinstance(budget, Budget) else cls(dram=budget)
+
+
+class Account:
+    """What the store holds in DRAM, by category, never above the limit.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        The DRAM budget.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self.by_category: dict[str, int] = {}
+
+    def charge(self, category: str, size_bytes: int) -> None:
+        """Add `size_bytes` (negative to give back).
+
+        Raises
+        ------
+        BudgetError
+            If the limit would be passed; nothing is charged then.
+        """
+        if self.used_bytes + size_bytes > self.limit_bytes:
+            raise BudgetError(
+                f"DRAM budget of {self.limit_bytes} bytes is too small: {category} needs "
+                f"{size_bytes} bytes more and {self.limit_bytes - self.used_bytes} are left"
+            )
+        self.used_bytes += size_bytes
+        self.by_category[category] = self.by_category.get(category, 0) + size_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+    @property
+    def left_bytes(self) -> int:
+        return self.limit_bytes - self.used_bytes

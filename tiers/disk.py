@@ -1,0 +1,299 @@
+"""The operating system, as a store sees it: every call that touches a file is here and nowhere else.
+
+`Disk` is the contract; `OsDisk` is the real one; `tiers.testing.FaultDisk` records, tears and loses. A store that
+behaves on the second must not be able to tell it from the first.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiers.errors import StoreLockedError
+
+Bytes = npt.NDArray[np.uint8]
+Mode = Literal["read", "write", "create"]
+
+PARALLEL_READS = 8
+"""Transfers in flight; eight saturate a 64 KiB random load on one NVMe device."""
+
+RUN_BUFFERS_MAX = 16
+"""Most neighbouring buffers moved by one vectored call."""
+
+
+class File(Protocol):
+    """An open file; only the disk that opened it can use it.
+
+    Attributes
+    ----------
+    path : Path
+    direct : bool
+        Whether transfers bypass the page cache; buffers, offsets and sizes are multiples of 4096 then.
+    """
+
+    path: Path
+    direct: bool
+
+
+class Disk(Protocol):
+    """What a store asks of the operating system.
+
+    Every method raises `OSError` as the operating system does. Transfers are whole or raise. Nothing is durable
+    before `sync` (contents and length of a file) or `sync_directory` (names) has returned.
+    """
+
+    def make_directory(self, path: Path) -> None: ...
+    def list_directory(self, path: Path) -> list[str]: ...
+    def exists(self, path: Path) -> bool: ...
+    def open(self, path: Path, mode: Mode, *, direct: bool) -> File: ...
+    def size(self, file: File) -> int: ...
+    def read_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None: ...
+    def write_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None: ...
+    def allocate(self, file: File, size_bytes: int) -> None: ...
+    def sync(self, file: File) -> None: ...
+    def truncate(self, file: File, size_bytes: int) -> None: ...
+    def lock(self, path: Path, *, exclusive: bool) -> File: ...
+    def close(self, file: File) -> None: ...
+    def rename(self, source: Path, target: Path) -> None: ...
+    def unlink(self, path: Path) -> None: ...
+    def sync_directory(self, path: Path) -> None: ...
+
+
+def aligned_buffer(n_rows: int, row_bytes: int) -> Bytes:
+    """Return zeroed uint8 (n_rows, row_bytes) on a private anonymous mapping, fit for direct transfers.
+
+    Huge pages are asked for where the platform has them; an untouched page of the mapping costs no memory.
+    """
+    if n_rows == 0:
+        return np.zeros((0, row_bytes), np.uint8)
+    size_bytes = n_rows * row_bytes
+    if hasattr(mmap, "MAP_PRIVATE"):
+        mapping = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE") and size_bytes >= 1 << 21:
+            try:
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            except OSError as refused:
+                if refused.errno != errno.EINVAL:
+                    raise
+    else:
+        mapping = mmap.mmap(-1, size_bytes)
+    return np.frombuffer(mapping, np.uint8).reshape(n_rows, row_bytes)
+
+
+class OsFile:
+    """A file descriptor and what it was opened as."""
+
+    __slots__ = ("descriptor", "direct", "path")
+
+    def __init__(self, path: Path, descriptor: int, direct: bool) -> None:
+        self.path = path
+        self.descriptor = descriptor
+        self.direct = direct
+
+
+class OsDisk:
+    """The operating system's own files.
+
+    Linux is the platform that is measured: O_DIRECT, fdatasync, posix_fallocate. Where one is missing the same code
+    runs with a fallback: buffered transfers for O_DIRECT, F_FULLFSYNC or fsync for fdatasync, a longer file without
+    reserved blocks for posix_fallocate (a full disk shows at the write then).
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_guard = threading.Lock()
+        self._pool_process = os.getpid()
+
+    def make_directory(self, path: Path) -> None:
+        os.mkdir(path)
+
+    def list_directory(self, path: Path) -> list[str]:
+        return sorted(os.listdir(path))
+
+    def exists(self, path: Path) -> bool:
+        return os.path.lexists(path)
+
+    def open(self, path: Path, mode: Mode, *, direct: bool) -> OsFile:
+        flags = os.O_CLOEXEC | (os.O_RDONLY if mode == "read" else os.O_RDWR)
+        if mode == "create":
+            flags |= os.O_CREAT | os.O_EXCL
+        if direct and hasattr(os, "O_DIRECT"):
+            try:
+                return OsFile(path, os.open(path, flags | os.O_DIRECT, 0o644), direct=True)
+            except OSError as refused:
+                # Some file systems (tmpfs before Linux 6.6, some network ones) know no O_DIRECT. With O_CREAT the
+                # file may exist by now.
+                if refused.errno != errno.EINVAL:
+                    raise
+                flags &= ~os.O_EXCL
+        return OsFile(path, os.open(path, flags, 0o644), direct=False)
+
+    def size(self, file: File) -> int:
+        return os.fstat(_descriptor(file)).st_size
+
+    def read_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
+        self._transfer(file, offsets, buffers, _read_run)
+
+    def write_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
+        self._transfer(file, offsets, buffers, _write_run)
+
+    def allocate(self, file: File, size_bytes: int) -> None:
+        descriptor = _descriptor(file)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size_bytes)
+        elif os.fstat(descriptor).st_size < size_bytes:
+            os.ftruncate(descriptor, size_bytes)
+
+    def sync(self, file: File) -> None:
+        descriptor = _descriptor(file)
+        if sys.platform == "darwin":
+            import fcntl
+
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+        elif hasattr(os, "fdatasync"):
+            os.fdatasync(descriptor)
+        else:
+            os.fsync(descriptor)
+
+    def truncate(self, file: File, size_bytes: int) -> None:
+        os.ftruncate(_descriptor(file), size_bytes)
+
+    def lock(self, path: Path, *, exclusive: bool) -> OsFile:
+        """Lock a file against other processes and other opens of this one; the file is made if need be.
+
+        Raises
+        ------
+        StoreLockedError
+            If somebody holds it; the message names the process where it is known.
+        """
+        import fcntl
+
+        flags = os.O_CLOEXEC | (os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY)
+        descriptor = os.open(path, flags, 0o644)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as refused:
+            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            if refused.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            raise StoreLockedError(f"{path.parent} is open elsewhere (last writer: process {holder})") from None
+        if exclusive:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        return OsFile(path, descriptor, direct=False)
+
+    def close(self, file: File) -> None:
+        os.close(_descriptor(file))
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def sync_directory(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _transfer(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes], move: _Move) -> None:
+        assert isinstance(file, OsFile)
+        runs = _runs(offsets, buffers)
+        if len(runs) < 3:
+            for run in runs:
+                move(file, run)
+            return
+        n_workers = min(PARALLEL_READS, len(runs))
+        jobs = [
+            self._workers().submit(_move_all, file, runs[first::n_workers], move) for first in range(n_workers)
+        ]
+        # Every job ends before any error leaves here: a buffer in flight must not be reused.
+        failures = [failure for job in jobs if (failure := job.exception()) is not None]
+        if failures:
+            raise failures[0]
+
+    def _workers(self) -> ThreadPoolExecutor:
+        with self._pool_guard:
+            if self._pool is None or self._pool_process != os.getpid():
+                self._pool = ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="dpnc-disk")
+                self._pool_process = os.getpid()
+            return self._pool
+
+
+class _Run:
+    """Buffers that lie next to each other in the file."""
+
+    __slots__ = ("buffers", "offset", "size_bytes")
+
+    def __init__(self, offset: int, buffer: Bytes) -> None:
+        self.offset = offset
+        self.buffers = [buffer]
+        self.size_bytes = len(buffer)
+
+
+class _Move(Protocol):
+    def __call__(self, file: OsFile, run: _Run) -> None: ...
+
+
+def _runs(offsets: Sequence[int], buffers: Sequence[Bytes]) -> list[_Run]:
+    assert len(offsets) == len(buffers)
+    runs: list[_Run] = []
+    for offset, buffer in zip(offsets, buffers, strict=True):
+        last = runs[-1] if runs else None
+        if last and last.offset + last.size_bytes == offset and len(last.buffers) < RUN_BUFFERS_MAX:
+            last.buffers.append(buffer)
+            last.size_bytes += len(buffer)
+        else:
+            runs.append(_Run(int(offset), buffer))
+    return runs
+
+
+def _move_all(file: OsFile, runs: list[_Run], move: _Move) -> None:
+    for run in runs:
+        move(file, run)
+
+
+def _read_run(file: OsFile, run: _Run) -> None:
+    done = os.preadv(file.descriptor, run.buffers, run.offset)
+    while done < run.size_bytes:
+        step = os.preadv(file.descriptor, _rest(run, done), run.offset + done)
+        if step == 0:
+            raise EOFError(f"{file.path} ends at byte {run.offset + done}")
+        done += step
+
+
+def _write_run(file: OsFile, run: _Run) -> None:
+    done = os.pwritev(file.descriptor, run.buffers, run.offset)
+    while done < run.size_bytes:
+        step = os.pwritev(file.descriptor, _rest(run, done), run.offset + done)
+        if step == 0:
+            raise OSError(errno.EIO, "the device takes no bytes", str(file.path))
+        done += step
+
+
+def _rest(run: _Run, done: int) -> list[Bytes]:
+    """Return what is left of a transfer that stopped short after `done` bytes."""
+    rest = []
+    for buffer in run.buffers:
+        if done < len(buffer):
+            rest.append(buffer[done:])
+        done = max(0, done - len(buffer))
+    return rest
+
+
+def _descriptor(file: File) -> int:
+    assert isinstance(file, OsFile)
+    return file.descriptor

@@ -1,0 +1,183 @@
+"""The page file: slots for pages and blocks for map nodes, in one flat file.
+
+::
+
+    byte 0                     header block: magic, format version, page size, store id, crc32c; the rest of slot 0 unused
+    byte page_bytes * n        slot n: one page, or blocks of 4 KiB that hold map nodes
+
+Pages are read and written past the page cache where the file system allows it (O_DIRECT). What the operating system
+refuses becomes a typed error here; what comes back is not trusted, its reader checks it.
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from tiers.allocator import BLOCK_BYTES
+from tiers.disk import Bytes, Disk, File, aligned_buffer
+from tiers.errors import CorruptionError, StoreFullError, StoreIOError
+from tiers.root import FORMAT_VERSION
+
+_HEADER = struct.Struct("<8sII16sI")  # magic, format version, page bytes, store id, crc32c of what is before
+MAGIC = b"dpncpage"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SlotFile:
+    """The page file of an open store.
+
+    Parameters
+    ----------
+    disk : Disk
+    file : File
+        Opened by `create` or `open`.
+    page_bytes : int
+    size_bytes_max : int or None
+        The NVMe budget.
+    """
+
+    def __init__(self, disk: Disk, file: File, page_bytes: int, size_bytes_max: int | None) -> None:
+        self._disk = disk
+        self.file = file
+        self.page_bytes = page_bytes
+        self.size_bytes_max = size_bytes_max
+        self.bytes_read = 0
+        self.bytes_written = 0
+        self.n_syncs = 0
+
+    @classmethod
+    def create(
+        cls, disk: Disk, path: Path, store_id: bytes, page_bytes: int, size_bytes_max: int | None
+    ) -> SlotFile:
+        """Make the file with its header; durable only after `sync`."""
+        slots = cls(disk, disk.open(path, "create", direct=True), page_bytes, size_bytes_max)
+        header = aligned_buffer(1, BLOCK_BYTES)
+        content = _HEADER.pack(MAGIC, FORMAT_VERSION, page_bytes, store_id, 0)[:-4]
+        header[0, : _HEADER.size] = np.frombuffer(
+            content + struct.pack("<I", google_crc32c.value(content)), np.uint8
+        )
+        slots.grow(page_bytes // BLOCK_BYTES, page_bytes // BLOCK_BYTES)
+        slots.write_blocks([0], [header[0]])
+        return slots
+
+    @classmethod
+    def open(
+        cls,
+        disk: Disk,
+        path: Path,
+        store_id: bytes,
+        page_bytes: int,
+        size_bytes_max: int | None,
+        *,
+        read_only: bool,
+    ) -> SlotFile:
+        """Open the file and check that its header belongs to this store.
+
+        Raises
+        ------
+        CorruptionError
+            If the header is damaged or is another store's.
+        """
+        slots = cls(
+            disk, disk.open(path, "read" if read_only else "write", direct=True), page_bytes, size_bytes_max
+        )
+        try:
+            header = aligned_buffer(1, BLOCK_BYTES)
+            slots.read_blocks([0], [header[0]])
+            content = header[0, : _HEADER.size].tobytes()
+            magic, version, found_page_bytes, found_id, crc = _HEADER.unpack(content)
+            if magic != MAGIC or google_crc32c.value(content[:-4]) != crc:
+                raise CorruptionError(f"{path}: the header of the page file is damaged")
+            if (version, found_page_bytes, found_id) != (FORMAT_VERSION, page_bytes, store_id):
+                raise CorruptionError(f"{path}: the page file belongs to another store")
+        except BaseException:
+            disk.close(slots.file)
+            raise
+        return slots
+
+    def size_blocks(self) -> int:
+        return self._disk.size(self.file) // BLOCK_BYTES
+
+    def read_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
+        """Read from these blocks on, a buffer each (4 KiB or a page); the order is this method's business.
+
+        Raises
+        ------
+        CorruptionError
+            If the file ends before.
+        StoreIOError
+            If the operating system refuses.
+        """
+        order = np.argsort(blocks, kind="stable")
+        try:
+            self._disk.read_batch(
+                self.file, [int(blocks[i]) * BLOCK_BYTES for i in order], [buffers[i] for i in order]
+            )
+        except EOFError as end:
+            raise CorruptionError(f"the page file is cut short: {end}") from end
+        except OSError as refused:
+            raise StoreIOError(refused.errno, f"reading {self.file.path} failed: {refused.strerror}") from refused
+        self.bytes_read += sum(len(buffer) for buffer in buffers)
+
+    def write_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
+        """Write a buffer at each of these blocks; durable after `sync`.
+
+        Raises
+        ------
+        StoreFullError, StoreIOError
+            If the operating system refuses; any part may have been written.
+        """
+        order = np.argsort(blocks, kind="stable")
+        try:
+            self._disk.write_batch(
+                self.file, [int(blocks[i]) * BLOCK_BYTES for i in order], [buffers[i] for i in order]
+            )
+        except OSError as refused:
+            raise _typed(refused, f"writing {self.file.path}") from refused
+        self.bytes_written += sum(len(buffer) for buffer in buffers)
+
+    def grow(self, blocks_min: int, blocks_wanted: int) -> int:
+        """Lengthen the file, its blocks allocated, to `blocks_wanted` or at least `blocks_min`; return its length.
+
+        Raises
+        ------
+        StoreFullError
+            If neither the budget nor the disk has room for `blocks_min`.
+        """
+        blocks_max = None if self.size_bytes_max is None else self.size_bytes_max // BLOCK_BYTES
+        if blocks_max is not None and blocks_min > blocks_max:
+            raise StoreFullError(
+                errno.ENOSPC,
+                f"the page file would need {blocks_min * BLOCK_BYTES} bytes and the NVMe budget is {self.size_bytes_max}",
+            )
+        if blocks_max is not None:
+            blocks_wanted = min(blocks_wanted, blocks_max)
+        per_slot = self.page_bytes // BLOCK_BYTES
+        for blocks in (max(blocks_min, blocks_wanted // per_slot * per_slot), blocks_min):
+            try:
+                self._disk.allocate(self.file, blocks * BLOCK_BYTES)
+                return blocks
+            except OSError as refused:
+                failure = refused
+                if refused.errno not in FULL:
+                    break
+        raise _typed(failure, f"growing {self.file.path}") from failure
+
+    def sync(self) -> None:
+        """Make contents and length durable; an `OSError` goes to the caller, who must not retry."""
+        self._disk.sync(self.file)
+        self.n_syncs += 1
+
+    def close(self) -> None:
+        self._disk.close(self.file)
+
+
+def _typed(refused: OSError, action: str) -> StoreFullError | StoreIOError:
+    kind = StoreFullError if refused.errno in FULL else StoreIOError
+    return kind(refused.errno, f"{action} failed: {refused.strerror}")

@@ -1,0 +1,202 @@
+"""A space: a virtual array of rows cut into pages, and what a row reads as before it is written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tiers.errors import SpaceError
+
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "uint8": np.dtype(np.uint8),
+    "uint16": np.dtype(np.uint16),
+    "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Every element of an unwritten row is `value`; `Constant()` is zeros."""
+
+    value: float = 0.0
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Elements of unwritten rows are uniform in [low, high), a function of (seed, row, element) alone.
+
+    The generator is counter-based: splitmix64's finaliser (Steele, Lea, Flood 2014, *Fast splittable pseudorandom
+    number generators*) over seed and element number, top 24 bits scaled in float32. So an unwritten page costs no
+    storage and reads the same everywhere.
+    """
+
+    low: float
+    high: float
+    seed: int = 0
+
+
+Initial = Constant | Uniform
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """What a space is; stored in the catalogue.
+
+    Raises
+    ------
+    SpaceError
+        If a value is out of range, naming it.
+    """
+
+    name: str
+    dtype: str
+    row_width: int
+    n_rows: int
+    initial: Initial
+
+    def __post_init__(self) -> None:
+        if not self.name or len(self.name) > 200:
+            raise SpaceError(f"a space's name has 1 to 200 characters, not {self.name!r}")
+        if self.dtype not in DTYPES:
+            raise SpaceError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.row_width < 1:
+            raise SpaceError(f"row_width must be at least 1, not {self.row_width}")
+        if not 1 <= self.n_rows <= 1 << 63:
+            raise SpaceError(f"n_rows must be in 1 .. 2^63, not {self.n_rows}")
+        numbers = (
+            (self.initial.value,)
+            if isinstance(self.initial, Constant)
+            else (self.initial.low, self.initial.high)
+        )
+        if not all(math.isfinite(number) for number in numbers):
+            raise SpaceError(f"the initial value must be finite, not {self.initial}")
+        if isinstance(self.initial, Uniform):
+            if not self.dtype.startswith("float"):
+                raise SpaceError(f"a uniform initial value needs a float dtype, not {self.dtype!r}")
+            if not 0 <= self.initial.seed < 1 << 64:
+                raise SpaceError(f"seed must be in 0 .. 2^64 - 1, not {self.initial.seed}")
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_width * DTYPES[self.dtype].itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        if isinstance(self.initial, Constant):
+            initial: dict[str, Any] = {"kind": "constant", "value": self.initial.value}
+        else:
+            initial = {
+                "kind": "uniform",
+                "low": self.initial.low,
+                "high": self.initial.high,
+                "seed": self.initial.seed,
+            }
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "row_width": self.row_width,
+            "n_rows": self.n_rows,
+            "initial": initial,
+        }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> SpaceSpec:
+        initial = dict(document["initial"])
+        kind = initial.pop("kind")
+        return cls(
+            name=document["name"],
+            dtype=document["dtype"],
+            row_width=document["row_width"],
+            n_rows=document["n_rows"],
+            initial=Constant(**initial) if kind == "constant" else Uniform(**initial),
+        )
+
+
+class Space:
+    """A space of an open store.
+
+    Attributes
+    ----------
+    number : int
+        Its place in the catalogue.
+    spec : SpaceSpec
+    rows_per_page, n_pages : int
+    page_table : int32 array (n_pages,)
+        Frame of each resident page, -1 where absent. Read it under a claim or in an epoch; never write it.
+    """
+
+    def __init__(self, number: int, spec: SpaceSpec, page_bytes: int) -> None:
+        if spec.row_bytes > page_bytes:
+            raise SpaceError(
+                f"a row of space {spec.name!r} has {spec.row_bytes} bytes and a page {page_bytes}; "
+                "a row never crosses a page"
+            )
+        self.number = number
+        self.spec = spec
+        self.page_bytes = page_bytes
+        self.rows_per_page = page_bytes // spec.row_bytes
+        self.n_pages = -(-spec.n_rows // self.rows_per_page)
+        self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
+
+    def __repr__(self) -> str:
+        return (
+            f"Space({self.name!r}, {self.spec.dtype}, {self.n_rows} rows x {self.row_width}, {self.n_pages} pages)"
+        )
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return DTYPES[self.spec.dtype]
+
+    @property
+    def row_width(self) -> int:
+        return self.spec.row_width
+
+    @property
+    def n_rows(self) -> int:
+        return self.spec.n_rows
+
+    def fill_initial(self, page: int, content: npt.NDArray[np.uint8]) -> None:
+        """Fill a page's bytes with what its unwritten rows read as.
+
+        Parameters
+        ----------
+        page : int
+        content : uint8 (page_bytes,), filled; bytes that belong to no row become zero
+        """
+        n_elements = self.rows_per_page * self.row_width
+        elements = content[: n_elements * self.dtype.itemsize].view(self.dtype)
+        content[n_elements * self.dtype.itemsize :] = 0
+        initial = self.spec.initial
+        if isinstance(initial, Constant):
+            elements[:] = self.dtype.type(initial.value)
+            return
+        first = np.uint64(page * n_elements)
+        elements[:] = uniform_at(first, n_elements, initial)
+
+
+def uniform_at(first: np.uint64, count: int, initial: Uniform) -> npt.NDArray[np.float32]:
+    """Return elements ``first .. first + count - 1`` of the stream of `initial`, float32."""
+    with np.errstate(over="ignore"):
+        word = np.arange(count, dtype=np.uint64) + first + np.uint64(1)
+        word *= np.uint64(0x9E3779B97F4A7C15)
+        word += np.uint64(initial.seed)
+        word ^= word >> np.uint64(30)
+        word *= np.uint64(0xBF58476D1CE4E5B9)
+        word ^= word >> np.uint64(27)
+        word *= np.uint64(0x94D049BB133111EB)
+        word ^= word >> np.uint64(31)
+    unit = (word >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    low, high = np.float32(initial.low), np.float32(initial.high)
+    return np.asarray(low + unit * (high - low), np.float32)
