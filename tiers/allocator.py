@@ -1,11 +1,12 @@
 """Which blocks of the page file are free.
 
-The truth is a bitmap, one bit a 4 KiB block (1 = used), kept as the objects of a copy-on-write tree of the page map, so
-it commits and aborts with everything else. One bitmap object covers 32,768 blocks (128 MiB). Beside it lives a
-summary in memory: free slots and free odd blocks of each object.
+The truth is a bitmap, one bit a 4 KiB block (1 = used), kept as the objects of a copy-on-write tree
+of the page map, so it commits and aborts with everything else. One bitmap object covers 32,768
+blocks (128 MiB). Beside it lives a summary in memory: free slots and free odd blocks of each
+object.
 
-A *slot* is an aligned run of `blocks_per_slot` blocks that holds one page. Single blocks, for map nodes, are taken from
-slots that are broken already before a whole one is broken.
+A *slot* is an aligned run of `blocks_per_slot` blocks that holds one page. Single blocks, for map
+nodes, are taken from slots that are broken already before a whole one is broken.
 """
 
 from __future__ import annotations
@@ -82,6 +83,11 @@ class Allocator:
     def free_blocks(self) -> int:
         """Blocks that can be taken without growing the file."""
         return sum(self._free_slots) * self.blocks_per_slot + sum(self._free_odd) + len(self.spare)
+
+    @property
+    def used_blocks(self) -> int:
+        """Blocks that the open transaction or the last commit uses, the file's header included."""
+        return self.file_blocks - self.free_blocks
 
     def ensure(self, n_slots: int, n_blocks: int) -> None:
         """See to it that so many slots and single blocks can be taken, growing the file if need be.

@@ -58,7 +58,9 @@ class Catalogue:
         except (TypeError, ValueError) as refused:
             raise MetaError(f"meta and attributes must be JSON documents: {refused}") from refused
         if len(content) > CATALOGUE_BYTES_MAX:
-            raise MetaError(f"the catalogue with its meta has {len(content)} bytes of {CATALOGUE_BYTES_MAX}")
+            raise MetaError(
+                f"the catalogue with its meta has {len(content)} bytes of {CATALOGUE_BYTES_MAX}"
+            )
         return content
 
     @classmethod
@@ -72,7 +74,10 @@ class Catalogue:
         """
         try:
             document = json.loads(content)
-            spaces = {int(number): SpaceSpec.from_dict(spec) for number, spec in document["spaces"].items()}
+            spaces = {
+                int(number): SpaceSpec.from_dict(spec)
+                for number, spec in document["spaces"].items()
+            }
             return cls(spaces, dict(document["attributes"]), dict(document["meta"]))
         except (KeyError, TypeError, ValueError) as broken:
             raise CorruptionError(f"the catalogue cannot be read: {broken!r}") from broken

@@ -2,52 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
 from tiers.errors import CorruptionError
-from tiers.page_map import ABSENT_WORD, FANOUT, FANOUT_BITS, FIRST_SPACE, SPACES, unpack_entry
+from tiers.page_map import ABSENT_WORD, FANOUT_BITS, FIRST_SPACE, SPACES, Words, unpack_entry
+from tiers.pager import Pager
+from tiers.root import Root
+from tiers.space import Space
 
-if TYPE_CHECKING:
-    from tiers.store import Store
 
-
-def check(store: Store) -> dict[str, int]:
+def check(pager: Pager, spaces: list[Space], root: Root) -> dict[str, int]:
     """Recount a store whose writer and I/O locks are held; see `Store.check`."""
-    with store._mutex:
-        _check_frames(store)
-    return _Walk(store).run()
+    with pager.mutex:
+        _check_frames(pager, spaces)
+    return _Walk(pager, spaces).run() | {"damaged_root_copies": len(root.damaged_copies)}
 
 
-def _check_frames(store: Store) -> None:
-    frames = store._frames
+def _check_frames(pager: Pager, spaces: list[Space]) -> None:
+    frames = pager.frames
     mapped = np.flatnonzero(frames.space >= 0)
-    assert len(mapped) + frames.n_free + frames.n_limbo == frames.n_frames, "a frame is lost or counted twice"
+    assert len(mapped) + frames.n_free + frames.n_limbo == frames.n_frames, "a frame is lost"
     named = 0
-    for space in store.spaces:
+    for space in spaces:
         pages = np.flatnonzero(space.page_table >= 0)
         in_frames = space.page_table[pages]
-        assert (frames.space[in_frames] == space.number).all(), "a page table names another space's frame"
+        assert (frames.space[in_frames] == space.number).all(), (
+            "a page table names another space's frame"
+        )
         assert (frames.page[in_frames] == pages).all(), "a page table names a frame of another page"
         named += len(pages)
     assert named == len(mapped), "a mapped frame is in no page table"
-    assert (frames.pins >= 0).all() and not frames.pins[frames.space < 0].any(), "an unmapped frame is pinned"
+    assert (frames.pins >= 0).all() and not frames.pins[frames.space < 0].any(), (
+        "an unmapped frame is pinned"
+    )
     assert not (frames.dirty & ~frames.private).any(), "a dirty page has no slot of its own"
     assert not (frames.dirty & (frames.space < 0)).any(), "a dirty page was dropped"
-    assert 0 <= store.account.used_bytes <= store.account.limit_bytes, "the budget is exceeded"
-    assert store.account.used_bytes == sum(store.account.by_category.values()), "the account does not add up"
+    assert 0 <= pager.account.used_bytes <= pager.account.limit_bytes, "the budget is exceeded"
+    assert pager.account.used_bytes == sum(pager.account.by_category.values()), (
+        "the account does not add up"
+    )
 
 
 class _Walk:
     """Every block that the trees reach, marked once, against the allocation bitmaps."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._map = store._map
-        self._blocks_a_slot = store.page_bytes // BLOCK_BYTES
-        self._reached = np.zeros(store._allocator.n_bitmaps * BITMAP_BLOCKS, np.bool_)
+    def __init__(self, pager: Pager, spaces: list[Space]) -> None:
+        self._pager = pager
+        self._spaces = spaces
+        self._map = pager.map
+        self._blocks_a_slot = pager.page_bytes // BLOCK_BYTES
+        self._reached = np.zeros(pager.allocator.n_bitmaps * BITMAP_BLOCKS, np.bool_)
         self._n_nodes = 0
         self._n_pages = 0
 
@@ -55,9 +60,9 @@ class _Walk:
         self._reach(0, self._blocks_a_slot, "the header")
         for tree in self._map.tops:
             self._walk_tree(tree)
-        for space in self._store.spaces:
+        for space in self._spaces:
             self._walk_tree(FIRST_SPACE + space.number)
-        allocator = self._store._allocator
+        allocator = self._pager.allocator
         used = np.zeros_like(self._reached)
         for number in range(allocator.n_bitmaps):
             bitmap = self._map.bitmap(number)
@@ -76,7 +81,6 @@ class _Walk:
             "pages": self._n_pages,
             "blocks_used": int(used.sum()),
             "blocks_lost": int(unreached.sum()),
-            "damaged_root_copies": len(self._store._root.damaged_copies),
         }
 
     def _reach(self, block: int, n_blocks: int, what: str) -> None:
@@ -109,22 +113,19 @@ class _Walk:
                 block = unpack_entry(int(words[position, 0]), int(words[position, 1]))[0]
                 self._reach(block, 1, f"object {child} of tree {tree}")
                 self._n_nodes += 1
-        assert len(words) == FANOUT
 
-    def _read_page(self, number: int, page: int, words: np.ndarray) -> None:
-        store = self._store
-        space = store._spaces[number]
+    def _read_page(self, number: int, page: int, words: Words) -> None:
+        pager = self._pager
+        space = pager.spaces[number]
         place = unpack_entry(int(words[0]), int(words[1]))
         self._reach(place[0], self._blocks_a_slot, f"page {page} of space {space.name!r}")
         self._n_pages += 1
         frame = int(space.page_table[page])
-        if frame >= 0 and store._frames.dirty[frame]:
-            assert store._frames.block[frame] == place[0], "a dirty page's slot is not the one in the map"
+        if frame >= 0 and pager.frames.dirty[frame]:
+            assert pager.frames.block[frame] == place[0], "the map names another slot"
             return
-        content = store._scratch[0]
-        store._slots.read_blocks([place[0]], [content])
-        store._verify(space, page, place, content)
+        pager.slots.read_blocks([place[0]], [pager.scratch])
+        pager.verify(space, page, place, pager.scratch)
         if frame >= 0:
-            with store._mutex:
-                same = space.page_table[page] != frame or np.array_equal(store.arena[frame], content)
-            assert same, f"page {page} of {space.name!r} is clean in memory and differs from its slot"
+            same = np.array_equal(pager.frames.arena[frame], pager.scratch)
+            assert same, f"page {page} of {space.name!r} is clean and differs from its slot"

@@ -1,7 +1,7 @@
 """A checksum bound to what the bytes are: crc32c over content and identity.
 
-A block that is intact but belongs elsewhere (misdirected write) or to another time (lost or stale write) fails as a
-torn one does, because the identity is part of what is summed.
+A block that is intact but belongs elsewhere (misdirected write) or to another time (lost or stale
+write) fails as a torn one does, because the identity is part of what is summed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def bound_crc32c(
     content : uint8 array, one-dimensional and contiguous
     store_id : bytes, 16
     tree, level, index, version : int
-        Which tree, how far above the leaves, which node or page of that level, and the commit that wrote it.
+        Which tree, how far above the leaves, which node or page of that level, and the commit that
+        wrote it.
     """
     crc = google_crc32c.value(content)
     return int(google_crc32c.extend(crc, _IDENTITY.pack(store_id, tree, level, index, version)))

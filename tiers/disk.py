@@ -1,7 +1,7 @@
 """The operating system, as a store sees it: every call that touches a file is here and nowhere else.
 
-`Disk` is the contract; `OsDisk` is the real one; `tiers.testing.FaultDisk` records, tears and loses. A store that
-behaves on the second must not be able to tell it from the first.
+`Disk` is the contract; `OsDisk` is the real one; `tiers.testing.FaultDisk` records, tears and
+loses. A store that behaves on the second must not be able to tell it from the first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class File(Protocol):
     ----------
     path : Path
     direct : bool
-        Whether transfers bypass the page cache; buffers, offsets and sizes are multiples of 4096 then.
+        Whether transfers bypass the page cache; buffers, offsets and sizes are multiples of 4096
+        then.
     """
 
     path: Path
@@ -48,8 +49,9 @@ class File(Protocol):
 class Disk(Protocol):
     """What a store asks of the operating system.
 
-    Every method raises `OSError` as the operating system does. Transfers are whole or raise. Nothing is durable
-    before `sync` (contents and length of a file) or `sync_directory` (names) has returned.
+    Every method raises `OSError` as the operating system does. Transfers are whole or raise.
+    Nothing is durable before `sync` (contents and length of a file) or `sync_directory` (names) has
+    returned.
     """
 
     def make_directory(self, path: Path) -> None: ...
@@ -72,7 +74,8 @@ class Disk(Protocol):
 def aligned_buffer(n_rows: int, row_bytes: int) -> Bytes:
     """Return zeroed uint8 (n_rows, row_bytes) on a private anonymous mapping, fit for direct transfers.
 
-    Huge pages are asked for where the platform has them; an untouched page of the mapping costs no memory.
+    Huge pages are asked for where the platform has them; an untouched page of the mapping costs no
+    memory.
     """
     if n_rows == 0:
         return np.zeros((0, row_bytes), np.uint8)
@@ -104,9 +107,10 @@ class OsFile:
 class OsDisk:
     """The operating system's own files.
 
-    Linux is the platform that is measured: O_DIRECT, fdatasync, posix_fallocate. Where one is missing the same code
-    runs with a fallback: buffered transfers for O_DIRECT, F_FULLFSYNC or fsync for fdatasync, a longer file without
-    reserved blocks for posix_fallocate (a full disk shows at the write then).
+    Linux is the platform that is measured: O_DIRECT, fdatasync, posix_fallocate. Where one is
+    missing the same code runs with a fallback: buffered transfers for O_DIRECT, F_FULLFSYNC or
+    fsync for fdatasync, a longer file without reserved blocks for posix_fallocate (a full disk
+    shows at the write then).
     """
 
     def __init__(self) -> None:
@@ -131,8 +135,8 @@ class OsDisk:
             try:
                 return OsFile(path, os.open(path, flags | os.O_DIRECT, 0o644), direct=True)
             except OSError as refused:
-                # Some file systems (tmpfs before Linux 6.6, some network ones) know no O_DIRECT. With O_CREAT the
-                # file may exist by now.
+                # Some file systems (tmpfs before Linux 6.6, some network ones) know no O_DIRECT.
+                # With O_CREAT the file may exist by now.
                 if refused.errno != errno.EINVAL:
                     raise
                 flags &= ~os.O_EXCL
@@ -187,7 +191,9 @@ class OsDisk:
             os.close(descriptor)
             if refused.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
-            raise StoreLockedError(f"{path.parent} is open elsewhere (last writer: process {holder})") from None
+            raise StoreLockedError(
+                f"{path.parent} is open elsewhere (last writer: process {holder})"
+            ) from None
         if exclusive:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
@@ -209,7 +215,9 @@ class OsDisk:
         finally:
             os.close(descriptor)
 
-    def _transfer(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes], move: _Move) -> None:
+    def _transfer(
+        self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes], move: _Move
+    ) -> None:
         assert isinstance(file, OsFile)
         runs = _runs(offsets, buffers)
         if len(runs) < 3:
@@ -218,7 +226,8 @@ class OsDisk:
             return
         n_workers = min(PARALLEL_READS, len(runs))
         jobs = [
-            self._workers().submit(_move_all, file, runs[first::n_workers], move) for first in range(n_workers)
+            self._workers().submit(_move_all, file, runs[first::n_workers], move)
+            for first in range(n_workers)
         ]
         # Every job ends before any error leaves here: a buffer in flight must not be reused.
         failures = [failure for job in jobs if (failure := job.exception()) is not None]

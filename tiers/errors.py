@@ -1,6 +1,7 @@
 """The typed errors of a store; all of them derive from `TierError`.
 
-The message names the value that was refused; the same values are attributes where a program may want them.
+The message names the value that was refused; the same values are attributes where a program may
+want them.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class FormatVersionError(TierError):
     """
 
     def __init__(self, path: str, found: int, known: int) -> None:
-        super().__init__(f"{path}: format version {found} is unknown; this library reads version {known}")
+        super().__init__(
+            f"{path}: format version {found} is unknown; this library reads version {known}"
+        )
         self.found = found
         self.known = known
 

@@ -1,9 +1,10 @@
 """The DRAM arena: frames, which page is in each, who holds it, and when it may be reused.
 
-A frame is *free*, *mapped* (the page table of its space names it), or in *limbo*: unmapped, but perhaps still read by
-somebody who saw it mapped. Two promises keep a mapped page in place: a *pin* (a claim; exact, for batches that need
-pages to be there) and an *epoch* (cheap, for batches that find everything resident). A frame leaves limbo when
-every epoch that had begun when it was unmapped has ended. The store's mutex guards every method here.
+A frame is *free*, *mapped* (the page table of its space names it), or in *limbo*: unmapped, but
+perhaps still read by somebody who saw it mapped. Two promises keep a mapped page in place: a *pin*
+(a claim; exact, for batches that need pages to be there) and an *epoch* (cheap, for batches that
+find everything resident). A frame leaves limbo when every epoch that had begun when it was unmapped
+has ended. The store's mutex guards every method here.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from tiers.space import Space
 
 Indices = npt.NDArray[np.int64]
 
-BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 4 * 1 + 8 + 1 + 36  # the arrays below, a policy's byte, the free list
+BYTES_PER_FRAME_RECORD = (
+    4 + 8 + 4 + 4 * 1 + 8 + 1 + 36
+)  # the arrays below, a policy's byte, the free list
 
 
 class Frames:
@@ -129,4 +132,4 @@ class Frames:
 
     def evictable(self) -> npt.NDArray[np.bool_]:
         """Return which frames are mapped and held by nobody."""
-        return (self.space >= 0) & (self.pins == 0) & ~self.writing
+        return np.asarray((self.space >= 0) & (self.pins == 0) & ~self.writing)

@@ -7,12 +7,12 @@ A node is 4 KiB, 256 entries of 16 bytes, no header::
     bits   96 .. 127   crc32c of the child, bound to (store, tree, level, index, version)
     all bits one       absent, an explicit mark: a zeroed entry is corruption, not absence
 
-Level 0 of a tree are its objects (pages of a space, bitmaps of the allocator, pieces of the catalogue); level ``l`` node
-``i`` covers objects ``i * 256**l`` and on. The top node of a space's tree is an object of the tree SPACES; the tops of
-ALLOCATION, SPACES and CATALOGUE are in the root.
+Level 0 of a tree are its objects (pages of a space, bitmaps of the allocator, pieces of the
+catalogue); level ``l`` node ``i`` covers objects ``i * 256**l`` and on. The top node of a space's
+tree is an object of the tree SPACES; the tops of ALLOCATION, SPACES and CATALOGUE are in the root.
 
-A node, object or page whose version is that of the open transaction is *private*: no root refers to it, so it may be
-rewritten in place. Everything else is copied before it changes.
+A node, object or page whose version is that of the open transaction is *private*: no root refers to
+it, so it may be rewritten in place. Everything else is copied before it changes.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ PLACE_BITS = 48
 PLACE_MASK = (1 << PLACE_BITS) - 1
 
 ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
+TREE_NUMBERS = {"allocation": ALLOCATION, "spaces": SPACES, "catalogue": CATALOGUE}
 NODES_MIN = 64
 
 Words = npt.NDArray[np.uint64]
@@ -50,6 +51,11 @@ def pack_entry(block: int, version: int, crc: int) -> tuple[int, int]:
 def unpack_entry(word0: int, word1: int) -> tuple[int, int, int]:
     """Return (block, version, crc) of an entry that is not absent."""
     return word0 & PLACE_MASK, word0 >> 48 | (word1 & 0xFFFFFFFF) << 16, word1 >> 32
+
+
+def versions_of(entries: Words) -> Words:
+    """Return the versions in entries (n, 2) that are not absent."""
+    return entries[:, 0] >> np.uint64(48) | (entries[:, 1] & np.uint64(0xFFFFFFFF)) << np.uint64(16)
 
 
 def depth_of(n_objects: int) -> int:
@@ -118,7 +124,9 @@ class PageMap:
 
         Cached nodes newer than that state are forgotten; this is what an abort is.
         """
-        for key in [key for key, node in self._nodes.items() if node.dirty or node.version >= version]:
+        for key in [
+            key for key, node in self._nodes.items() if node.dirty or node.version >= version
+        ]:
             self._drop(key)
         self.version = version
         self.tops = {tree: TreeTop(top.word0, top.word1, top.depth) for tree, top in tops.items()}
@@ -271,7 +279,8 @@ class PageMap:
             return node
         else:
             old_block = node.block
-        # Private before a block is taken: taking one may come back to this node when it is a bitmap.
+        # Private before a block is taken: taking one may come back to this node when it is a
+        # bitmap.
         node.version = self.version
         node.dirty = True
         node.block = self._take_block()
@@ -323,7 +332,8 @@ class PageMap:
         while not self._free_frames:
             clean = next((node for node in self._nodes.values() if not node.dirty), None)
             if clean is None:
-                # Its entry is written into its parent, which may need a piece of the cache: by then it is clean.
+                # Its entry is written into its parent, which may need a piece of the cache: by then
+                # it is clean.
                 oldest = next(node for node in self._nodes.values() if node.block >= 0)
                 self._write_nodes([oldest])
             else:

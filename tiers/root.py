@@ -5,9 +5,10 @@ File ``root``, 16 KiB, four blocks of 4 KiB::
     block 0, 1    slot 0: two copies of the root of an even commit
     block 2, 3    slot 1: two copies of the root of an odd commit
 
-A commit writes both copies of the slot that is not current in one write. A torn write leaves the other slot whole; a
-flipped byte leaves the other copy. Without the second copy a flip in the newest root would be taken for a torn write
-and silently lose an acknowledged commit. docs/format.md gives the bytes of a copy.
+A commit writes both copies of the slot that is not current in one write. A torn write leaves the
+other slot whole; a flipped byte leaves the other copy. Without the second copy a flip in the newest
+root would be taken for a torn write and silently lose an acknowledged commit. docs/format.md gives
+the bytes of a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ FORMAT_VERSION = 1
 MAGIC = b"dpncroot"
 
 _HEAD = struct.Struct("<8sII")  # magic, format version, crc32c of the block with this word zero
-_BODY = struct.Struct("<16sIIQQQ")  # store id, page bytes, zero, commit, file blocks, catalogue bytes
+_BODY = struct.Struct(
+    "<16sIIQQQ"
+)  # store id, page bytes, zero, commit, file blocks, catalogue bytes
 _TREE = struct.Struct("<QQI4x")  # the top entry of a tree (two words), its depth
 TREES = ("allocation", "spaces", "catalogue")
 
@@ -107,7 +110,9 @@ def _decode_copy(block: bytes) -> Root | int | None:
         return None
     if version != FORMAT_VERSION:
         return int(version)
-    store_id, page_bytes, _, commit, file_blocks, catalogue_bytes = _BODY.unpack_from(block, _HEAD.size)
+    store_id, page_bytes, _, commit, file_blocks, catalogue_bytes = _BODY.unpack_from(
+        block, _HEAD.size
+    )
     offset = _HEAD.size + _BODY.size
     trees = {}
     for name in TREES:
@@ -131,7 +136,9 @@ def decode_root_file(content: bytes, path: str) -> Root:
     if MAGIC not in (content[i : i + len(MAGIC)] for i in range(0, ROOT_FILE_BYTES, BLOCK_BYTES)):
         raise NotAStoreError(f"{path}: the root file carries no mark of a dpnc store")
     if len(content) < ROOT_FILE_BYTES:
-        raise CorruptionError(f"{path}: the root file has {len(content)} bytes of {ROOT_FILE_BYTES}")
+        raise CorruptionError(
+            f"{path}: the root file has {len(content)} bytes of {ROOT_FILE_BYTES}"
+        )
     newest: Root | None = None
     damaged = []
     for number in range(4):

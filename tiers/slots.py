@@ -2,11 +2,13 @@
 
 ::
 
-    byte 0                     header block: magic, format version, page size, store id, crc32c; the rest of slot 0 unused
-    byte page_bytes * n        slot n: one page, or blocks of 4 KiB that hold map nodes
+    byte 0                     header block: magic, format version, page size, store id, crc32c; the
+    rest of slot 0 unused byte page_bytes * n        slot n: one page, or blocks of 4 KiB that hold
+    map nodes
 
-Pages are read and written past the page cache where the file system allows it (O_DIRECT). What the operating system
-refuses becomes a typed error here; what comes back is not trusted, its reader checks it.
+Pages are read and written past the page cache where the file system allows it (O_DIRECT). What the
+operating system refuses becomes a typed error here; what comes back is not trusted, its reader
+checks it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
 from tiers.root import FORMAT_VERSION
 
-_HEADER = struct.Struct("<8sII16sI")  # magic, format version, page bytes, store id, crc32c of what is before
+_HEADER = struct.Struct(
+    "<8sII16sI"
+)  # magic, format version, page bytes, store id, crc32c of what is before
 MAGIC = b"dpncpage"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,7 +89,10 @@ class SlotFile:
             If the header is damaged or is another store's.
         """
         slots = cls(
-            disk, disk.open(path, "read" if read_only else "write", direct=True), page_bytes, size_bytes_max
+            disk,
+            disk.open(path, "read" if read_only else "write", direct=True),
+            page_bytes,
+            size_bytes_max,
         )
         try:
             header = aligned_buffer(1, BLOCK_BYTES)
@@ -117,12 +124,16 @@ class SlotFile:
         order = np.argsort(blocks, kind="stable")
         try:
             self._disk.read_batch(
-                self.file, [int(blocks[i]) * BLOCK_BYTES for i in order], [buffers[i] for i in order]
+                self.file,
+                [int(blocks[i]) * BLOCK_BYTES for i in order],
+                [buffers[i] for i in order],
             )
         except EOFError as end:
             raise CorruptionError(f"the page file is cut short: {end}") from end
         except OSError as refused:
-            raise StoreIOError(refused.errno, f"reading {self.file.path} failed: {refused.strerror}") from refused
+            raise StoreIOError(
+                refused.errno, f"reading {self.file.path} failed: {refused.strerror}"
+            ) from refused
         self.bytes_read += sum(len(buffer) for buffer in buffers)
 
     def write_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
@@ -136,7 +147,9 @@ class SlotFile:
         order = np.argsort(blocks, kind="stable")
         try:
             self._disk.write_batch(
-                self.file, [int(blocks[i]) * BLOCK_BYTES for i in order], [buffers[i] for i in order]
+                self.file,
+                [int(blocks[i]) * BLOCK_BYTES for i in order],
+                [buffers[i] for i in order],
             )
         except OSError as refused:
             raise _typed(refused, f"writing {self.file.path}") from refused

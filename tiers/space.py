@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from tiers.errors import SpaceError
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "uint8": np.dtype(np.uint8),
@@ -34,9 +34,9 @@ class Constant:
 class Uniform:
     """Elements of unwritten rows are uniform in [low, high), a function of (seed, row, element) alone.
 
-    The generator is counter-based: splitmix64's finaliser (Steele, Lea, Flood 2014, *Fast splittable pseudorandom
-    number generators*) over seed and element number, top 24 bits scaled in float32. So an unwritten page costs no
-    storage and reads the same everywhere.
+    The generator is counter-based: splitmix64's finaliser (Steele, Lea, Flood 2014, *Fast
+    splittable pseudorandom number generators*) over seed and element number, top 24 bits scaled in
+    float32. So an unwritten page costs no storage and reads the same everywhere.
     """
 
     low: float
@@ -130,7 +130,8 @@ class Space:
     spec : SpaceSpec
     rows_per_page, n_pages : int
     page_table : int32 array (n_pages,)
-        Frame of each resident page, -1 where absent. Read it under a claim or in an epoch; never write it.
+        Frame of each resident page, -1 where absent. Read it under a claim or in an epoch; never
+        write it.
     """
 
     def __init__(self, number: int, spec: SpaceSpec, page_bytes: int) -> None:
@@ -147,9 +148,7 @@ class Space:
         self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
 
     def __repr__(self) -> str:
-        return (
-            f"Space({self.name!r}, {self.spec.dtype}, {self.n_rows} rows x {self.row_width}, {self.n_pages} pages)"
-        )
+        return f"Space({self.name!r}, {self.spec.dtype}, {self.n_rows} rows x {self.row_width}, {self.n_pages} pages)"
 
     @property
     def name(self) -> str:

@@ -1,7 +1,7 @@
 """CLOCK: a hand over a ring of frames that spares once what was touched since it last came by.
 
-Corbato 1968, *A paging experiment with the Multics system*: one bit a frame, set at access; the hand clears set bits
-and takes the first clear one.
+Corbato 1968, *A paging experiment with the Multics system*: one bit a frame, set at access; the
+hand clears set bits and takes the first clear one.
 """
 
 from __future__ import annotations

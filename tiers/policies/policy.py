@@ -13,8 +13,9 @@ Frames = npt.NDArray[np.int64]
 class Policy(Protocol):
     """Chooses which frame to give up.
 
-    All methods are called under the store's mutex, with frames in ascending order of their pages; a policy has no
-    clock and no chance but what it is given, so the same accesses give the same victims.
+    All methods are called under the store's mutex, with frames in ascending order of their pages; a
+    policy has no clock and no chance but what it is given, so the same accesses give the same
+    victims.
     """
 
     def insert(self, frames: Frames) -> None:

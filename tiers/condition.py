@@ -1,0 +1,75 @@
+"""A condition: whether a store accepts a call, and why not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tiers.errors import (
+    StoreClosedError,
+    StoreForkedError,
+    StorePoisonedError,
+    StoreReadOnlyError,
+    TransactionBrokenError,
+)
+
+
+class Condition:
+    """What an open store is fit for.
+
+    Attributes
+    ----------
+    closed : bool
+    poison : str or None
+        A failure that left memory and disk in doubt of each other; only reopening helps.
+    broken : str or None
+        An update that was cut short; only an abort helps.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self._path = path
+        self._process = os.getpid()
+        self.read_only = read_only
+        self.closed = False
+        self.poison: str | None = None
+        self.broken: str | None = None
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is the child of a fork of the process that opened the store."""
+        return self._process != os.getpid()
+
+    def require_usable(self) -> None:
+        """Raise unless the store can be read."""
+        if self.forked:
+            raise StoreForkedError(
+                f"{self._path} was opened before a fork; open it again in the child"
+            )
+        if self.closed:
+            raise StoreClosedError(f"{self._path} is closed")
+        if self.poison is not None:
+            raise StorePoisonedError(f"{self._path} refuses: {self.poison}; reopen it")
+
+    def require_writable(self) -> None:
+        """Raise unless the store can be written, aborts included."""
+        self.require_usable()
+        if self.read_only:
+            raise StoreReadOnlyError(f"{self._path} is open read-only")
+
+    def require_whole(self) -> None:
+        """Raise if an update was cut short."""
+        if self.broken is not None:
+            raise TransactionBrokenError(f"{self.broken}; abort() returns to the last commit")
+
+    @contextmanager
+    def poisoning(self, action: str) -> Iterator[None]:
+        """Refuse everything from the first failure inside the block on."""
+        try:
+            yield
+        except BaseException as failure:
+            self.poison = f"{action} failed: {failure}"
+            if isinstance(failure, OSError):
+                raise StorePoisonedError(f"{self._path}: {self.poison}; reopen it") from failure
+            raise

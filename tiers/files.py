@@ -1,0 +1,228 @@
+"""The files of a store: a directory with a lock, a root file and a page file.
+
+::
+
+    lock     held by the writer, shared by readers; contains the writer's process number
+    root     which state is current, see `tiers.root`
+    pages    pages and map nodes, see `tiers.slots`
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
+from tiers.catalogue import Catalogue
+from tiers.disk import Disk, File, Mode
+from tiers.errors import (
+    CorruptionError,
+    NotAStoreError,
+    StoreExistsError,
+    StoreIOError,
+    StoreNotFoundError,
+    TierError,
+)
+from tiers.page_map import ABSENT_WORD, CATALOGUE, NODES_MIN, TREE_NUMBERS, PageMap
+from tiers.root import ROOT_FILE_BYTES, Root, TreeTop, decode_root_file
+from tiers.slots import SlotFile
+
+LOCK_NAME, ROOT_NAME, PAGES_NAME = "lock", "root", "pages"
+NEW_ROOT_NAME = "root.new"
+
+
+class StoreFiles:
+    """The open files of a store.
+
+    Attributes
+    ----------
+    root : Root
+        The newest whole root when the files were opened.
+    slots : SlotFile
+    """
+
+    def __init__(
+        self, disk: Disk, lock: File | None, root_file: File, root: Root, slots: SlotFile
+    ) -> None:
+        self.root = root
+        self.slots = slots
+        self._disk = disk
+        self._lock = lock
+        self._root_file = root_file
+
+    @classmethod
+    def create(cls, disk: Disk, path: Path, page_bytes: int, size_bytes_max: int | None) -> None:
+        """Write the files of a new store; durable when this returns.
+
+        The root file appears last, by a rename: a creation that is cut short leaves no store.
+        """
+        opened: list[File] = []
+        with _typed_errors(f"creating {path}"):
+            try:
+                _clear_for_creation(disk, path)
+                opened.append(disk.lock(path / LOCK_NAME, exclusive=True))
+                store_id = uuid.uuid4().bytes
+                slots = SlotFile.create(
+                    disk, path / PAGES_NAME, store_id, page_bytes, size_bytes_max
+                )
+                opened.append(slots.file)
+                root = _write_first_state(slots, store_id)
+                slots.sync()
+                new_root = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
+                opened.append(new_root)
+                both_copies = root.encode()
+                disk.write_batch(new_root, [0, len(both_copies)], [both_copies, both_copies])
+                disk.sync(new_root)
+                # The name of the page file must be durable before a root that refers to it.
+                disk.sync_directory(path)
+                disk.rename(path / NEW_ROOT_NAME, path / ROOT_NAME)
+                disk.sync_directory(path)
+                disk.sync_directory(path.parent)
+            finally:
+                for file in reversed(opened):
+                    disk.close(file)
+
+    @classmethod
+    def open(
+        cls, disk: Disk, path: Path, size_bytes_max: int | None, *, read_only: bool
+    ) -> StoreFiles:
+        """Lock and open the files, and check that they belong together."""
+        if not disk.exists(path):
+            raise StoreNotFoundError(f"there is no store at {path}")
+        opened: list[File] = []
+        with _typed_errors(f"opening {path}"):
+            try:
+                names = _names_of_store(disk, path)
+                lock = None
+                if not read_only or LOCK_NAME in names:
+                    lock = disk.lock(path / LOCK_NAME, exclusive=not read_only)
+                    opened.append(lock)
+                mode: Mode = "read" if read_only else "write"
+                root_file = disk.open(path / ROOT_NAME, mode, direct=False)
+                opened.append(root_file)
+                content = np.zeros(min(ROOT_FILE_BYTES, disk.size(root_file)), np.uint8)
+                disk.read_batch(root_file, [0], [content])
+                root = decode_root_file(content.tobytes(), str(path))
+                if PAGES_NAME not in names:
+                    raise CorruptionError(f"{path}: the page file is missing")
+                slots = SlotFile.open(
+                    disk,
+                    path / PAGES_NAME,
+                    root.store_id,
+                    root.page_bytes,
+                    size_bytes_max,
+                    read_only=read_only,
+                )
+                opened.append(slots.file)
+                if slots.size_blocks() < root.file_blocks:
+                    raise CorruptionError(
+                        f"{path}: the page file was cut short, to {slots.size_blocks()} blocks of "
+                        f"{root.file_blocks}"
+                    )
+                files = cls(disk, lock, root_file, root, slots)
+                if not read_only:
+                    files._confirm(path)
+                return files
+            except BaseException:
+                for file in reversed(opened):
+                    disk.close(file)
+                raise
+
+    def _confirm(self, path: Path) -> None:
+        """Make durable the state that was found, before anything is built on it.
+
+        The process that wrote it may have died, or failed, between writing its root and the sync: the page cache
+        shows a root that the device may not have. Written again, because after a failed sync the page is clean.
+        """
+        self.write_root(self.root)
+        self._disk.sync_directory(path)
+        self._disk.sync_directory(path.parent)
+
+    def write_root(self, root: Root) -> None:
+        """Write a root and make it durable; an `OSError` leaves it in doubt which root is current."""
+        self._disk.write_batch(self._root_file, [root.slot_offset()], [root.encode()])
+        self._disk.sync(self._root_file)
+        self.slots.n_syncs += 1
+        self.root = root
+
+    def close(self) -> None:
+        self.slots.close()
+        self._disk.close(self._root_file)
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Close the lock; the child of a fork does this so as not to keep its parent's lock alive."""
+        if self._lock is not None:
+            self._disk.close(self._lock)
+            self._lock = None
+
+
+@contextmanager
+def _typed_errors(action: str) -> Iterator[None]:
+    try:
+        yield
+    except TierError:
+        raise
+    except OSError as refused:
+        raise StoreIOError(refused.errno, f"{action} failed: {refused.strerror}") from refused
+
+
+def _names_of_store(disk: Disk, path: Path) -> list[str]:
+    try:
+        names = disk.list_directory(path)
+    except NotADirectoryError:
+        raise NotAStoreError(f"{path} is a file; a store is a directory") from None
+    if ROOT_NAME not in names:
+        unfinished = " (a creation that never finished)" if PAGES_NAME in names else ""
+        raise NotAStoreError(f"{path} is no dpnc store: it has no root file{unfinished}")
+    return names
+
+
+def _clear_for_creation(disk: Disk, path: Path) -> None:
+    """Make the directory, or take over an empty one or the rest of a creation that was cut short."""
+    if not disk.exists(path):
+        try:
+            disk.make_directory(path)
+        except FileNotFoundError:
+            raise StoreNotFoundError(f"{path.parent} does not exist") from None
+        return
+    try:
+        names = disk.list_directory(path)
+    except NotADirectoryError:
+        raise StoreExistsError(f"{path} exists and is a file") from None
+    if set(names) - {PAGES_NAME, LOCK_NAME, NEW_ROOT_NAME}:
+        raise StoreExistsError(f"{path} exists and is not empty")
+    for name in names:
+        if name != LOCK_NAME:
+            disk.unlink(path / name)
+
+
+def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
+    """Write an empty catalogue, and a bitmap in which what is written so far is used."""
+    per_slot = slots.page_bytes // BLOCK_BYTES
+    file_blocks = per_slot + -(-8 // per_slot) * per_slot
+    slots.grow(file_blocks, file_blocks)
+    free_blocks = iter(range(per_slot, file_blocks))
+    page_map = PageMap(
+        store_id,
+        slots.read_blocks,
+        slots.write_blocks,
+        lambda: next(free_blocks),
+        lambda block, n_blocks: None,
+        NODES_MIN,
+    )
+    empty = {tree: TreeTop(ABSENT_WORD, ABSENT_WORD, 1) for tree in TREE_NUMBERS.values()}
+    page_map.begin(1, empty, {})
+    content = Catalogue().encode()
+    page_map.private_object(CATALOGUE, 0)[: len(content)] = np.frombuffer(content, np.uint8)
+    bitmap = page_map.private_bitmap(0)
+    used = np.zeros(BITMAP_BLOCKS, np.uint8)
+    used[: next(free_blocks)] = 1
+    bitmap[:] = np.packbits(used, bitorder="little")
+    page_map.flush()
+    trees = {name: page_map.tops[number] for name, number in TREE_NUMBERS.items()}
+    return Root(store_id, slots.page_bytes, 1, file_blocks, len(content), trees)

@@ -1,0 +1,484 @@
+"""The pager: moves pages between frames and slots.
+
+It chooses nothing (the policy does) and promises nothing (the store does). Methods say which of the
+store's locks their caller holds: the *I/O lock* for whatever touches map, allocator or files, the
+*mutex* for frames, page tables, policy and counters. The mutex is never held across I/O.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from tiers.allocator import BLOCK_BYTES, Allocator
+from tiers.budget import Account, Budget
+from tiers.catalogue import Catalogue
+from tiers.checksum import bound_crc32c
+from tiers.disk import Bytes, aligned_buffer
+from tiers.errors import BudgetError, CorruptionError, PageIndexError, SpaceError
+from tiers.frames import BYTES_PER_FRAME_RECORD, Frames
+from tiers.page_map import (
+    ABSENT_WORD,
+    ALLOCATION,
+    CATALOGUE,
+    FIRST_SPACE,
+    NODES_MIN,
+    SPACES,
+    TREE_NUMBERS,
+    PageMap,
+    depth_of,
+    pack_entry,
+    unpack_entry,
+    versions_of,
+)
+from tiers.policies import Clock
+from tiers.root import Root
+from tiers.slots import SlotFile
+from tiers.space import Space
+
+Indices = npt.NDArray[np.int64]
+Request = tuple[Space, Indices]
+
+FRAMES_MIN = 8
+"""What the corners of one point of one level can need."""
+WAVE_PAGES = 64
+"""Pages in one wave of transfers."""
+WRITE_ATTEMPTS = 3
+
+
+def budget_min(page_bytes: int, spaces: Sequence[Space] = ()) -> int:
+    """Return the least DRAM budget, in bytes, of a store with these spaces."""
+    nodes = NODES_MIN * BLOCK_BYTES
+    frames = FRAMES_MIN * (page_bytes + BYTES_PER_FRAME_RECORD)
+    tables = 4 * sum(space.n_pages for space in spaces)
+    # A new store holds back a 64th, and a 32nd is for map nodes where that is more.
+    return max(nodes + page_bytes + frames + tables, 0) * 64 // 61 + BLOCK_BYTES
+
+
+class Pager:
+    """Pages of one open store.
+
+    Parameters
+    ----------
+    root : Root
+        The state to begin from.
+    slots : SlotFile
+    budget : Budget
+
+    Attributes
+    ----------
+    frames : Frames
+        None until `make_frames`, which takes what page tables have left of the budget.
+    spaces : dict of int to Space
+    """
+
+    frames: Frames
+    policy: Clock
+
+    def __init__(self, root: Root, slots: SlotFile, budget: Budget) -> None:
+        self.store_id = root.store_id
+        self.page_bytes = root.page_bytes
+        self.slots = slots
+        self.mutex = threading.Lock()
+        self.released = threading.Condition(self.mutex)
+        self.spaces: dict[int, Space] = {}
+        names = ("hits", "misses", "evictions", "write_backs", "prefetched", "prefetch_used")
+        self.counts = dict.fromkeys(names, 0)
+        self.account = Account(budget.dram_bytes)
+        if budget.dram_bytes < budget_min(self.page_bytes):
+            raise BudgetError(
+                f"a DRAM budget of {budget.dram_bytes} bytes cannot hold {FRAMES_MIN} pages of "
+                f"{self.page_bytes} bytes and the page map; the least is "
+                f"{budget_min(self.page_bytes)} bytes"
+            )
+        n_nodes = max(NODES_MIN, budget.dram_bytes // 32 // BLOCK_BYTES)
+        self.account.charge("map nodes", n_nodes * BLOCK_BYTES)
+        self.account.charge("scratch page", self.page_bytes)
+        self.scratch = aligned_buffer(1, self.page_bytes)[0]
+        self.map = PageMap(
+            root.store_id,
+            slots.read_blocks,
+            slots.write_blocks,
+            lambda: self.allocator.take_block(),
+            lambda block, n_blocks: self.allocator.give_back(block, n_blocks),
+            n_nodes,
+        )
+        self.begin(root)
+        self.allocator = Allocator(
+            self.map, self.page_bytes // BLOCK_BYTES, root.file_blocks, slots.grow
+        )
+
+    def make_frames(self) -> None:
+        """Take the rest of the budget for frames; a new store keeps a 64th for page tables.
+
+        Raises
+        ------
+        BudgetError
+            If the rest holds less than `FRAMES_MIN` frames.
+        """
+        slack = 0 if self.spaces else self.account.limit_bytes // 64
+        per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
+        n_frames = (self.account.left_bytes - slack) // per_frame
+        if n_frames < FRAMES_MIN:
+            raise BudgetError(
+                f"a DRAM budget of {self.account.limit_bytes} bytes holds {max(0, n_frames)} pages "
+                f"of {self.page_bytes} bytes; the least is "
+                f"{budget_min(self.page_bytes, list(self.spaces.values()))} bytes"
+            )
+        self.account.charge("frames", n_frames * per_frame)
+        self.frames = Frames(n_frames, self.page_bytes)
+        self.policy = Clock(n_frames)
+
+    def begin(self, root: Root) -> None:
+        """Start the transaction after `root`; what is newer than it is forgotten."""
+        depths = {FIRST_SPACE + n: depth_of(space.n_pages) for n, space in self.spaces.items()}
+        tops = {number: root.trees[name] for name, number in TREE_NUMBERS.items()}
+        self.map.begin(root.commit + 1, tops, depths)
+
+    def read_catalogue(self, size_bytes: int) -> Catalogue:
+        """Return the catalogue of the open transaction."""
+        content = bytearray()
+        for piece in range(-(-size_bytes // BLOCK_BYTES)):
+            raw = self.map.read_object(CATALOGUE, piece)
+            if raw is None:
+                raise CorruptionError(f"piece {piece} of the catalogue is absent")
+            content += raw.tobytes()
+        return Catalogue.decode(bytes(content[:size_bytes]))
+
+    def write_catalogue(self, content: bytes, old_size_bytes: int) -> None:
+        """Put the catalogue into the map, in place of one of `old_size_bytes`."""
+        n_pieces = -(-len(content) // BLOCK_BYTES)
+        for piece in range(n_pieces):
+            part = content[piece * BLOCK_BYTES : (piece + 1) * BLOCK_BYTES]
+            raw = self.map.private_object(CATALOGUE, piece)
+            raw[: len(part)] = np.frombuffer(part, np.uint8)
+            raw[len(part) :] = 0
+        for piece in range(n_pieces, -(-old_size_bytes // BLOCK_BYTES)):
+            self.map.remove_object(CATALOGUE, piece)
+
+    def reserve_catalogue(self, size_bytes: int) -> None:
+        """Take what every commit writes anyway, so that a commit allocates nothing."""
+        n_pieces = -(-size_bytes // BLOCK_BYTES)
+        n_blocks = n_pieces + self.map.depth(CATALOGUE) + self.map.depth(SPACES) + 2
+        self.allocator.ensure(0, n_blocks + self.allocation_bound(n_blocks))
+        for piece in range(n_pieces):
+            self.map.private_object(CATALOGUE, piece)
+
+    # Spaces
+
+    def add_space(self, space: Space) -> None:
+        """Give a space its page table, within the budget."""
+        self.account.charge("page tables", 4 * space.n_pages)
+        space.page_table = np.full(space.n_pages, -1, np.int32)
+        self.spaces[space.number] = space
+
+    def drop_space(self, number: int) -> None:
+        """Forget a space and its frames."""
+        space = self.spaces[number]
+        with self.mutex:
+            mapped = space.page_table[space.page_table >= 0].astype(np.int64)
+            self.evict(mapped, count=False)
+        del self.spaces[number]
+        self.account.charge("page tables", -4 * space.n_pages)
+
+    def checked(self, requests: Sequence[Request]) -> list[Request]:
+        """Return requests whose spaces are of this store and whose pages ascend within them.
+
+        Raises
+        ------
+        SpaceError, PageIndexError
+            Naming what is wrong.
+        """
+        for space, pages in requests:
+            if self.spaces.get(space.number) is not space:
+                raise SpaceError(f"{space!r} is not a space of this store")
+            if not isinstance(pages, np.ndarray) or pages.dtype != np.int64 or pages.ndim != 1:
+                raise PageIndexError(f"pages must be a one-dimensional int64 array, not {pages!r}")
+            if len(pages) and not (
+                pages[0] >= 0 and pages[-1] < space.n_pages and (np.diff(pages) > 0).all()
+            ):
+                raise PageIndexError(
+                    f"pages of {space.name!r} must ascend strictly within 0 .. "
+                    f"{space.n_pages - 1}, not {pages!r}"
+                )
+        if len({space.number for space, _ in requests}) < len(requests):
+            raise PageIndexError("a claim names each space once")
+        return list(requests)
+
+    # Frames
+
+    def forget_private(self) -> None:
+        """Drop every frame newer than the last commit, once nobody holds it. I/O lock held."""
+        with self.mutex:
+            frames = np.flatnonzero(self.frames.private)
+            while self.frames.pins[frames].any():
+                self.released.wait(0.1)
+            self.evict(frames, count=False)
+
+    def fetch_wave(self, space: Space, pages: Indices) -> int:
+        """Bring in pages that nobody asked for yet, as far as frames can be had at once.
+
+        I/O lock held. Returns how many were brought in.
+        """
+        with self.mutex:
+            pages = pages[space.page_table[pages] < 0]
+        frames = self.obtain(len(pages), wait=False)
+        pages = pages[: len(frames)]
+        try:
+            self.load(space, pages, frames)
+        except BaseException:
+            with self.mutex:
+                self.frames.return_free(frames)
+            raise
+        with self.mutex:
+            self.frames.map(space, pages, frames)
+            self.policy.insert(frames)
+            self.frames.prefetched[frames] = True
+            self.counts["prefetched"] += len(pages)
+        return len(pages)
+
+    def resident_frames(self, requests: list[Request], write: bool) -> list[Indices] | None:
+        """Return the frames if the claim can be granted without I/O. Mutex held."""
+        found = []
+        for space, pages in requests:
+            frames = space.page_table[pages].astype(np.int64)
+            if len(frames) and frames.min() < 0:
+                return None
+            if write and (
+                self.frames.writing[frames].any() or not self.frames.private[frames].all()
+            ):
+                return None
+            found.append(frames)
+        return found
+
+    def unpin(self, frames_of: list[Indices]) -> None:
+        for frames in frames_of:
+            self.frames.pins[frames] -= 1
+            assert (self.frames.pins[frames] >= 0).all()
+        self.released.notify_all()
+
+    def count_hits(self, frames: Indices) -> None:
+        self.counts["hits"] += len(frames)
+        self.counts["prefetch_used"] += int(self.frames.prefetched[frames].sum())
+        self.frames.prefetched[frames] = False
+        self.policy.access(frames)
+
+    def fault(self, requests: list[Request]) -> list[Indices]:
+        """Bring in what is absent and pin all of it; return the frames. I/O lock held."""
+        pinned: list[Indices] = []
+        missing: list[Request] = []
+        taken = np.empty(0, np.int64)
+        try:
+            with self.mutex:
+                for space, pages in requests:
+                    frames = space.page_table[pages].astype(np.int64)
+                    present = frames[frames >= 0]
+                    self.frames.pins[present] += 1
+                    pinned.append(present)
+                    missing.append((space, pages[frames < 0]))
+                    self.count_hits(present)
+            taken = self.obtain(sum(len(pages) for _, pages in missing), wait=True)
+            start = 0
+            for space, pages in missing:
+                self.load(space, pages, taken[start : start + len(pages)])
+                start += len(pages)
+        except BaseException:
+            with self.mutex:
+                self.frames.return_free(taken)
+                self.unpin(pinned)
+            raise
+        with self.mutex:
+            start = 0
+            frames_of = []
+            for (space, pages), (_, absent) in zip(requests, missing, strict=True):
+                frames = taken[start : start + len(absent)]
+                start += len(absent)
+                self.frames.map(space, absent, frames)
+                self.frames.pins[frames] += 1
+                self.policy.insert(frames)
+                self.counts["misses"] += len(absent)
+                frames_of.append(space.page_table[pages].astype(np.int64))
+            return frames_of
+
+    def obtain(self, count: int, *, wait: bool) -> Indices:
+        """Return frames for `count` pages, evicting; fewer if not `wait`. I/O lock held."""
+        taken = np.empty(0, np.int64)
+        try:
+            while True:
+                with self.mutex:
+                    self.frames.reclaim()
+                    taken = np.concatenate([taken, self.frames.take_free(count - len(taken))])
+                    needed = count - len(taken)
+                    if needed == 0:
+                        return taken
+                    victims = self.policy.victims(
+                        max(0, needed - self.frames.n_limbo), self.frames.evictable()
+                    )
+                    dirty = victims[self.frames.dirty[victims]][:WAVE_PAGES]
+                    clean = victims[~self.frames.dirty[victims]]
+                    self.evict(clean)
+                    self.frames.writing[dirty] = True
+                    if len(victims) == 0:
+                        if not wait:
+                            return taken
+                        self.released.wait(0.1)
+                        continue
+                if len(dirty):
+                    self.write_back(dirty)
+        except BaseException:
+            with self.mutex:
+                self.frames.return_free(taken)
+            raise
+
+    def write_back(self, frames: Indices) -> None:
+        """Write dirty victims to their slots, then evict those that nobody claimed meanwhile. I/O lock held."""
+        try:
+            self.write_pages(frames)
+        finally:
+            with self.mutex:
+                self.frames.writing[frames] = False
+                self.released.notify_all()
+        with self.mutex:
+            self.counts["write_backs"] += len(frames)
+            self.evict(frames[(self.frames.pins[frames] == 0) & ~self.frames.dirty[frames]])
+
+    def evict(self, frames: Indices, *, count: bool = True) -> None:
+        """Unmap frames. Mutex held."""
+        self.policy.remove(frames)
+        self.frames.unmap(self.spaces, frames)
+        if count:
+            self.counts["evictions"] += len(frames)
+
+    def load(self, space: Space, pages: Indices, frames: Indices) -> None:
+        """Fill frames with pages, read and verified, or with their initial value. I/O lock held."""
+        tree = FIRST_SPACE + space.number
+        entries = self.map.lookup(tree, pages)
+        absent = (entries == ABSENT_WORD).all(axis=1)
+        for page, frame in zip(pages[absent], frames[absent], strict=True):
+            space.fill_initial(int(page), self.frames.arena[frame])
+        stored = np.flatnonzero(~absent)
+        places = [unpack_entry(int(entries[i, 0]), int(entries[i, 1])) for i in stored]
+        for start in range(0, len(stored), WAVE_PAGES):
+            wave = stored[start : start + WAVE_PAGES]
+            buffers = [self.frames.arena[frames[i]] for i in wave]
+            self.slots.read_blocks(
+                [place[0] for place in places[start : start + WAVE_PAGES]], buffers
+            )
+            for i, place, content in zip(
+                wave, places[start : start + WAVE_PAGES], buffers, strict=True
+            ):
+                self.verify(space, int(pages[i]), place, content)
+        with self.mutex:
+            self.frames.dirty[frames] = False
+            self.frames.private[frames] = False
+            for i, (block, version, _) in zip(stored, places, strict=True):
+                if version == self.map.version:
+                    self.frames.private[frames[i]] = True
+                    self.frames.block[frames[i]] = block
+
+    def verify(self, space: Space, page: int, place: tuple[int, int, int], content: Bytes) -> None:
+        block, version, crc = place
+        tree = FIRST_SPACE + space.number
+        if bound_crc32c(content, self.store_id, tree, 0, page, version) != crc:
+            raise CorruptionError(
+                f"page {page} of space {space.name!r} (block {block}, commit {version}) fails its checksum"
+            )
+
+    def ensure_room(self, requests: list[Request]) -> None:
+        """Make sure that slots and map paths of these pages can be taken. I/O lock held."""
+        n_slots = 0
+        n_blocks = 0
+        for space, pages in requests:
+            tree = FIRST_SPACE + space.number
+            entries = self.map.lookup(tree, pages)
+            present = entries[:, 0] != ABSENT_WORD
+            fresh = pages[~present | (versions_of(entries) != self.map.version)]
+            n_slots += len(fresh)
+            n_blocks += self.map.count_private_needed(tree, fresh) if len(fresh) else 0
+        self.allocator.ensure(n_slots, n_blocks + self.allocation_bound(2 * n_slots + 2 * n_blocks))
+
+    def allocation_bound(self, n_changes: int) -> int:
+        """Return the most blocks that so many changes of bitmaps can make private."""
+        n_bitmaps = min(self.allocator.n_bitmaps + 2, n_changes)
+        return 2 * n_bitmaps + self.map.depth(ALLOCATION) + 4
+
+    def make_pages_private(self, requests: list[Request], frames_of: list[Indices]) -> None:
+        """Give each page that has none a slot of this transaction. I/O lock held; room was ensured."""
+        for (space, pages), frames in zip(requests, frames_of, strict=True):
+            fresh = ~self.frames.private[frames]
+            if not fresh.any():
+                continue
+            tree = FIRST_SPACE + space.number
+            old = self.map.lookup(tree, pages[fresh])
+            blocks = self.allocator.take_slots(int(fresh.sum()))
+            entries = [pack_entry(int(block), self.map.version, 0) for block in blocks]
+            self.map.set_entries(tree, pages[fresh], np.array(entries, np.uint64))
+            for word0, word1 in old:
+                if word0 != ABSENT_WORD:
+                    self.allocator.give_back(
+                        unpack_entry(int(word0), int(word1))[0], self.page_bytes // BLOCK_BYTES
+                    )
+            with self.mutex:
+                self.frames.private[frames[fresh]] = True
+                self.frames.dirty[frames[fresh]] = True
+                self.frames.block[frames[fresh]] = blocks
+
+    def write_pages(self, frames: Indices) -> None:
+        """Write frames to their private slots and name them in the map. I/O lock held; nobody changes them."""
+        books = self.frames
+        frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
+        for start in range(0, len(frames), WAVE_PAGES):
+            wave = frames[start : start + WAVE_PAGES]
+            crcs = [
+                bound_crc32c(
+                    books.arena[frame],
+                    self.store_id,
+                    FIRST_SPACE + int(books.space[frame]),
+                    0,
+                    int(books.page[frame]),
+                    self.map.version,
+                )
+                for frame in wave
+            ]
+            try:
+                self.slots.write_blocks(
+                    books.block[wave].tolist(), [books.arena[frame] for frame in wave]
+                )
+            except OSError:
+                for frame in wave:
+                    self._write_page_elsewhere(int(frame))
+            entries = np.array(
+                [
+                    pack_entry(int(books.block[frame]), self.map.version, crc)
+                    for frame, crc in zip(wave, crcs, strict=True)
+                ],
+                np.uint64,
+            )
+            for number in np.unique(books.space[wave]):
+                of_space = books.space[wave] == number
+                self.map.set_entries(
+                    FIRST_SPACE + int(number), books.page[wave[of_space]], entries[of_space]
+                )
+            with self.mutex:
+                books.dirty[wave] = False
+
+    def _write_page_elsewhere(self, frame: int) -> None:
+        """Write one page, trying other slots where the device refuses one; a refused slot is not used again."""
+        for attempt in range(WRITE_ATTEMPTS):
+            try:
+                self.slots.write_blocks([int(self.frames.block[frame])], [self.frames.arena[frame]])
+                return
+            except OSError:
+                if attempt == WRITE_ATTEMPTS - 1:
+                    raise
+                self.allocator.ensure(1, self.allocation_bound(2))
+                block = self.allocator.take_slots(1)
+                self.frames.block[frame] = block[0]
+                self.map.set_entries(
+                    FIRST_SPACE + int(self.frames.space[frame]),
+                    self.frames.page[[frame]],
+                    np.array([pack_entry(int(block[0]), self.map.version, 0)], np.uint64),
+                )
