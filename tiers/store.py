@@ -88,7 +88,14 @@ class Store:
     store is closed, aborted or killed.
     """
 
-    def __init__(self, path: Path, files: StoreFiles, budget: Budget, read_only: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: StoreFiles,
+        budget: Budget,
+        read_only: bool,
+        new_spaces: Sequence[SpaceSpec] = (),
+    ) -> None:
         self.path = path
         self.budget = budget
         self._condition = Condition(path, read_only=read_only)
