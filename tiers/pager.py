@@ -208,6 +208,16 @@ class Pager:
             raise PageIndexError("a claim names each space once")
         return list(requests)
 
+    def n_stored_pages(self, space: Space) -> int:
+        """Return how many pages of a space have a slot. I/O lock held."""
+        step = 1 << 16
+        total = 0
+        for first in range(0, space.n_pages, step):
+            pages = np.arange(first, min(first + step, space.n_pages))
+            entries = self.map.lookup(FIRST_SPACE + space.number, pages)
+            total += int((entries[:, 0] != ABSENT_WORD).sum())
+        return total
+
     # Frames
 
     def forget_private(self) -> None:

@@ -296,6 +296,11 @@ class Store:
         return self._condition.read_only
 
     @property
+    def forked(self) -> bool:
+        """Whether this is the child of a fork of the process that opened the store."""
+        return self._condition.forked
+
+    @property
     def page_bytes(self) -> int:
         return self._root.page_bytes
 
@@ -402,6 +407,12 @@ class Store:
         ((_, pages),) = self._pager.checked([(space, pages)])
         with self._pager.mutex:
             return np.asarray(space.page_table[pages] >= 0)
+
+    def n_stored_pages(self, space: Space) -> int:
+        """Return how many pages of a space have a slot; the others read as its initial value."""
+        self._condition.require_usable()
+        with self._io:
+            return self._pager.n_stored_pages(space)
 
     def fetch(self, space: Space, pages: Indices) -> int:
         """Bring pages in without holding them; return how many were brought in.
@@ -546,6 +557,10 @@ class Store:
         self._condition.require_usable()
         with self._pager.mutex:
             return {"commit": self._root.commit, **self._counts, **collect(self._pager)}
+
+    def require_usable(self) -> None:
+        """Raise what any call would raise on a store that is closed, forked or refuses."""
+        self._condition.require_usable()
 
     def check(self) -> dict[str, int]:
         """Recount every invariant and read back every block and page; return what was counted.

@@ -1,0 +1,23 @@
+"""Neural fields larger than memory: hash-grid fields in a crash-safe page store."""
+
+from dpnc.encoding import HashGrid
+from dpnc.errors import FieldError
+from dpnc.field import Field, create, open
+from dpnc.head import Head
+from dpnc.lookahead import Prefetch
+from dpnc.optim import SGD, Adam
+from tiers import Budget, TierError
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "Budget",
+    "Field",
+    "FieldError",
+    "HashGrid",
+    "Head",
+    "Prefetch",
+    "TierError",
+    "create",
+    "open",
+]

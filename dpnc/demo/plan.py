@@ -1,0 +1,124 @@
+"""A plan: every number of the demonstration, the same for each of its processes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from dpnc.errors import ImageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dpnc import Adam, HashGrid, Head
+
+MIB = 1 << 20
+STEPS_FULL = 360
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the demonstration does.
+
+    Attributes
+    ----------
+    image : str or None
+        Picture to fit; scikit-image's photograph of a retina if None.
+    steps : int
+        Steps of the fit.
+    n_levels, n_features_per_level, log2_hashmap_size, base_resolution, per_level_scale
+        Of the `dpnc.HashGrid`.
+    dtype : str
+        Type of the rows.
+    n_hidden : int
+        Width of the head's hidden layer.
+    learning_rate : float
+        Of Adam.
+    tile_edge, tiles_per_step, seed : int
+        Of the `dpnc.fitting.Schedule`; the seed is also that of the weights.
+    budget_bytes : int
+        DRAM of the store while it fits.
+    serve_budget_bytes : int
+        DRAM of the store while it draws: optimiser state is not needed then.
+    memory_budget_bytes : int
+        DRAM of the run in which everything fits memory.
+    doomed_steps : int
+        Steps the killed process reports before it is killed.
+    """
+
+    image: str | None = None
+    steps: int = STEPS_FULL
+    n_levels: int = 12
+    n_features_per_level: int = 4
+    log2_hashmap_size: int = 19
+    base_resolution: int = 16
+    per_level_scale: float = 1.5
+    dtype: Literal["float16", "float32"] = "float16"
+    n_hidden: int = 32
+    learning_rate: float = 1e-2
+    tile_edge: int = 64
+    tiles_per_step: int = 4
+    seed: int = 0
+    budget_bytes: int = 16 * MIB
+    serve_budget_bytes: int = 3 * MIB
+    memory_budget_bytes: int = 192 * MIB
+    doomed_steps: int = 3
+
+    @classmethod
+    def of(cls, image: Path | None = None, steps: int | None = None) -> Plan:
+        """Return the plan for a picture and a number of steps, each the default if None."""
+        return cls(
+            image=None if image is None else str(image.absolute()),
+            steps=STEPS_FULL if steps is None else steps,
+        )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the demonstration whose figures were promised."""
+        return self.image is None and self.steps >= STEPS_FULL
+
+    def encoding(self) -> HashGrid:
+        import dpnc
+
+        return dpnc.HashGrid(
+            n_dims=2,
+            n_levels=self.n_levels,
+            n_features_per_level=self.n_features_per_level,
+            log2_hashmap_size=self.log2_hashmap_size,
+            base_resolution=self.base_resolution,
+            per_level_scale=self.per_level_scale,
+        )
+
+    def optimizer(self) -> Adam:
+        import dpnc
+
+        return dpnc.Adam(self.learning_rate)
+
+    def head(self) -> Head:
+        import dpnc
+
+        return dpnc.Head(n_outputs=3, n_hidden=self.n_hidden)
+
+    def pixels(self) -> NDArray[np.float32]:
+        """Return the picture, float32 (height, width, 3) in [0, 1].
+
+        Raises
+        ------
+        ImageError
+            If it cannot be read, or scikit-image is needed and not installed.
+        """
+        from dpnc.image import load
+
+        if self.image is not None:
+            return load(self.image)
+        try:
+            from skimage.data import data_dir
+        except ImportError as error:
+            raise ImageError(
+                "the photograph of the demonstration comes with scikit-image: "
+                "pip install 'dpnc[demo]', or name a picture with --image"
+            ) from error
+        return load(f"{data_dir}/retina.jpg")

@@ -1,0 +1,540 @@
+"""A field: features of points in space, learned, kept in the pages of a store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dpnc.encoding import HashGrid
+from dpnc.errors import FieldError, FieldFormatError, HeadError, OptimizerError
+from dpnc.features import FeatureReader
+from dpnc.head import Head, decode, decode_backward, n_blocks, sum_partial
+from dpnc.lookahead import LookAhead, Prefetch
+from dpnc.optim import SGD, Adam, optimizer_from_dict
+from dpnc.points import Points, checked_gradient, checked_points
+from dpnc.rows import TrainedRows
+from dpnc.sharing import Sharing
+from dpnc.workers import Workers, default_threads
+from tiers import Budget, Constant, Disk, SpaceSpec, Store, Uniform
+
+Features = npt.NDArray[np.float32]
+PathLike = str | os.PathLike[str]
+
+FIELD_FORMAT = 1
+INITIAL_FEATURE = 1e-4
+"""Half width of the uniform initial features (Mueller et al. 2022, section 4)."""
+POINTS_PER_READ = 65536
+POINTS_PER_DECODE = 16384
+POINTS_PER_THREAD_MIN = 1024
+
+
+class Field:
+    """A field over the unit square or cube; made with `dpnc.create` or `dpnc.open`.
+
+    Any number of threads may query at once; an update is seen as a whole or not at all. Updates
+    are kept in the store's pages, within its budget, and become durable with `commit`.
+
+    Attributes
+    ----------
+    encoding : HashGrid
+    dtype : str
+    optimizer : Adam, SGD or None
+    head : Head or None
+    seed : int
+    updates : int
+        Updates since the field was made, uncommitted ones included.
+    store : tiers.Store
+    """
+
+    def __init__(self, store: Store, threads: int | None = None) -> None:
+        self.store = store
+        record = store.attributes.get("field")
+        if not isinstance(record, dict) or record.get("format") != FIELD_FORMAT:
+            found = record.get("format") if isinstance(record, dict) else None
+            raise FieldFormatError(
+                f"{store.path} holds no field of format {FIELD_FORMAT}, but {found!r}"
+            )
+        try:
+            self.encoding = HashGrid.from_dict(record["encoding"])
+            optimizer, head = record["optimizer"], record["head"]
+            self.optimizer = None if optimizer is None else optimizer_from_dict(optimizer)
+            self.head = None if head is None else Head.from_dict(head)
+            self.seed = int(record["seed"])
+            self.updates = int(record["updates"])
+        except (KeyError, TypeError, ValueError) as refused:
+            raise FieldFormatError(
+                f"{store.path}: the field's record is unreadable: {refused!r}"
+            ) from refused
+        n_threads = default_threads() if threads is None else threads
+        if n_threads < 1:
+            raise FieldError(f"threads must be at least 1, not {threads}")
+        self._table = self.encoding.level_table()
+        self._workers = Workers(n_threads)
+        self._sharing = Sharing()
+        self._rows = TrainedRows(store, "features", self.optimizer)
+        self._head_rows = None if self.head is None else TrainedRows(store, "head", self.optimizer)
+        self._reader = FeatureReader(store, self._rows, self._table, self._workers)
+        self._look_ahead = LookAhead(store, self._rows.params)
+        self._n_refused = 0
+        self._workspace_bytes = 0
+
+    # Reading
+
+    @property
+    def dtype(self) -> str:
+        return self._rows.params.spec.dtype
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The document of the last commit that was given one."""
+        return self.store.meta
+
+    def query(self, x: Points) -> Features:
+        """Interpolate the features of points.
+
+        Parameters
+        ----------
+        x : float32 or float64 (n, n_dims)
+            In [0, 1]; anything outside is refused. float64 keeps its precision, which matters
+            above a resolution of about 2^16.
+
+        Returns
+        -------
+        float32 (n, n_levels * n_features_per_level)
+            The same bits for the same rows, whatever budget, batch and threads.
+
+        Raises
+        ------
+        PointsError
+            If `x` is refused.
+        tiers.errors.CorruptionError
+            If a page is not what was written.
+        """
+        self.store.require_usable()
+        x = checked_points(x, self.encoding.n_dims)
+        out = np.empty((len(x), self.encoding.n_output_dims), np.float32)
+        with self._sharing.reading():
+            self._read(x, out)
+        return out
+
+    def decode(self, x: Points) -> Features:
+        """Run the head over the features of points.
+
+        Parameters
+        ----------
+        x : float32 or float64 (n, n_dims)
+
+        Returns
+        -------
+        float32 (n, head.n_outputs)
+
+        Raises
+        ------
+        HeadError
+            If the field has no head.
+        PointsError
+            If `x` is refused.
+        """
+        self.store.require_usable()
+        head, _ = self._need_head()
+        x = checked_points(x, self.encoding.n_dims)
+        out = np.empty((len(x), head.n_outputs), np.float32)
+        with self._sharing.reading():
+            params = self._head_params()
+            for start in range(0, len(x), POINTS_PER_DECODE):
+                part = slice(start, start + POINTS_PER_DECODE)
+                features = np.empty((len(x[part]), self.encoding.n_output_dims), np.float32)
+                self._read(x[part], features)
+                self._decode(params, features, out[part])
+        return out
+
+    def prefetch(self, x: Points) -> Prefetch:
+        """Bring in the pages of points in the background; they will be queried soon.
+
+        Parameters
+        ----------
+        x : float32 or float64 (n, n_dims)
+            Copied before this returns.
+
+        Returns
+        -------
+        Prefetch
+            Its ``wait()`` returns when all that fits into half of the budget is there.
+        """
+        self.store.require_usable()
+        points = checked_points(x, self.encoding.n_dims).copy()
+        return self._look_ahead.announce(lambda: self._reader.pages(points))
+
+    def resident(self, x: Points) -> npt.NDArray[np.bool_]:
+        """Return for each point, bool (n,), whether all pages it needs are in DRAM now."""
+        self.store.require_usable()
+        return self._reader.resident(checked_points(x, self.encoding.n_dims))
+
+    # Writing
+
+    def update(self, x: Points, grad: Features, wrt: str = "features") -> None:
+        """Take one optimiser step against a gradient.
+
+        Parameters
+        ----------
+        x : float32 or float64 (n, n_dims)
+        grad : float32 (n, n_levels * n_features_per_level) or (n, head.n_outputs)
+            Derivative of the loss by what `query` returns for `x`, or by what `decode` returns.
+        wrt : {"features", "decoded"}
+            Which of the two. With ``"decoded"`` the head takes a step too.
+
+        Raises
+        ------
+        PointsError
+            If `x` or `grad` is refused. Nothing has changed.
+        tiers.errors.StoreFullError
+            If there is no room for the pages that are written first. Nothing has changed.
+        tiers.errors.TierError
+            If a page could not be read or written half-way: `abort` returns to the last commit.
+        """
+        self.store.require_usable()
+        if self.optimizer is None:
+            raise OptimizerError(f"{self.store.path} was created without an optimizer")
+        if wrt not in ("features", "decoded"):
+            raise FieldError(f"wrt must be 'features' or 'decoded', not {wrt!r}")
+        x = checked_points(x, self.encoding.n_dims)
+        if wrt == "features":
+            grad = checked_gradient(grad, len(x), self.encoding.n_output_dims)
+        else:
+            grad = checked_gradient(grad, len(x), self._need_head()[0].n_outputs)
+        if len(x) == 0:
+            return
+        with self._sharing.writing(), self.store.write_section():
+            requests = self._rows.requests_of_pages(self._reader.pages(x))
+            head_grad = None
+            if wrt == "decoded":
+                _, head_rows = self._need_head()
+                requests += head_rows.requests(np.arange(head_rows.params.n_rows))
+                grad, head_grad = self._backward_through_head(x, grad)
+            self.store.reserve(requests)
+            if head_grad is not None:
+                self._step_head(head_grad)
+            self._step_features(x, grad)
+            self.updates += 1
+
+    def commit(self, meta: dict[str, Any] | None = None) -> int:
+        """Make every update so far durable, with the caller's own small state.
+
+        Parameters
+        ----------
+        meta : dict, optional
+            A JSON document, at most about 1 MiB; the last one stays where None.
+
+        Returns
+        -------
+        int
+            Number of the commit.
+        """
+        with self._sharing.reading():
+            field = self.store.attributes["field"]
+            changed = field["updates"] != self.updates
+            attributes = {"field": {**field, "updates": self.updates}} if changed else None
+            return self.store.commit(attributes=attributes, meta=meta)
+
+    def abort(self) -> None:
+        """Return to the last commit."""
+        with self._sharing.writing():
+            self.store.abort()
+            self.updates = int(self.store.attributes["field"]["updates"])
+
+    # Looking
+
+    def stats(self) -> dict[str, Any]:
+        """Return the store's counters, and sizes of the field; sizes in bytes."""
+        page_bytes = self.store.page_bytes
+        features, state = self._rows.params, self._rows.state
+        return {
+            **self.store.stats(),
+            "updates": self.updates,
+            "values_refused": self._n_refused,
+            "prefetch_failed": self._look_ahead.n_failed,
+            "field_bytes": features.n_pages * page_bytes,
+            "state_bytes": 0 if state is None else state.n_pages * page_bytes,
+            "stored_bytes": {
+                space.name: self.store.n_stored_pages(space) * page_bytes
+                for space in self.store.spaces
+            },
+            "workspace_bytes": self._workspace_bytes,
+        }
+
+    def verify(self) -> dict[str, int]:
+        """Read everything back from disk and recount the store; see `tiers.Store.check`."""
+        return self.store.check()
+
+    def digest(self) -> str:
+        """Return SHA-256 over all rows of all spaces, hexadecimal; equal for equal contents."""
+        digest = hashlib.sha256()
+        with self._sharing.reading():
+            for space in sorted(self.store.spaces, key=lambda space: space.name):
+                digest.update(space.name.encode())
+                for page in range(space.n_pages):
+                    n_rows = min(space.rows_per_page, space.n_rows - page * space.rows_per_page)
+                    with self.store.claim([(space, np.array([page], np.int64))]) as claim:
+                        content = self.store.arena[claim.frames[0][0]]
+                        digest.update(content[: n_rows * space.spec.row_bytes])
+        return digest.hexdigest()
+
+    def close(self) -> None:
+        """Close the field and its store; what was not committed is lost."""
+        if not self.store.forked:
+            self._look_ahead.close()
+            self._workers.close()
+        self.store.close()
+
+    def __enter__(self) -> Field:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"Field({str(self.store.path)!r}, {self.encoding.n_dims}-D, "
+            f"{self.encoding.n_params} parameters, {self.dtype}, {self.updates} updates)"
+        )
+
+    # Inside
+
+    def _need_head(self) -> tuple[Head, TrainedRows]:
+        if self.head is None or self._head_rows is None:
+            raise HeadError(f"{self.store.path} was created without a head")
+        return self.head, self._head_rows
+
+    def _read(self, x: Points, out: Features) -> None:
+        self._note_workspace(self._reader.workspace_bytes(min(len(x), POINTS_PER_READ)))
+        for start in range(0, len(x), POINTS_PER_READ):
+            part = slice(start, start + POINTS_PER_READ)
+            self._reader.read(x[part], out[part])
+
+    def _head_params(self) -> Features:
+        _, rows = self._need_head()
+        space = rows.params
+        pages = np.arange(space.n_pages)
+        params = np.empty(space.n_rows, np.float32)
+        for page in pages:
+            first = page * space.rows_per_page
+            part = params[first : first + space.rows_per_page]
+            with self.store.claim([(space, pages[page : page + 1])]) as claim:
+                part[:] = rows.view(space)[claim.frames[0][0], : len(part)]
+        return params
+
+    def _decode(self, params: Features, features: Features, out: Features) -> None:
+        head, _ = self._need_head()
+
+        def piece(start: int, stop: int) -> None:
+            decode(head, params, features, out, start, stop)
+
+        self._workers.over_ranges(len(features), POINTS_PER_THREAD_MIN, piece)
+
+    def _backward_through_head(self, x: Points, grad: Features) -> tuple[Features, Features]:
+        head, _ = self._need_head()
+        params = self._head_params()
+        features = np.empty((len(x), self.encoding.n_output_dims), np.float32)
+        self._read(x, features)
+        grad_features = np.empty_like(features)
+        partial = np.empty((n_blocks(len(x)), len(params)), np.float32)
+        self._note_workspace(2 * features.nbytes + partial.nbytes)
+
+        def blocks(first: int, last: int) -> None:
+            decode_backward(head, params, features, grad, grad_features, partial, first, last)
+
+        self._workers.over_ranges(len(partial), 1, blocks)
+        return grad_features, sum_partial(partial)
+
+    def _step_head(self, grad: Features) -> None:
+        _, rows = self._need_head()
+        numbers = np.arange(rows.params.n_rows)
+        self._n_refused += rows.apply(
+            numbers, grad.reshape(-1, 1), self.seed, self.updates, self._workers
+        )
+
+    def _step_features(self, x: Points, grad: Features) -> None:
+        from dpnc.kernels.gradient import GradientScratch, gather_capacity, gather_level
+
+        n_levels, n_at_once = self._table.n_levels, self._workers.n_threads
+        n_features = self._table.n_features
+        scratches = [
+            GradientScratch(len(x), self._table) for _ in range(min(n_at_once, n_levels))
+        ]
+        capacity = max(gather_capacity(len(x), self._table, level) for level in range(n_levels))
+        rows = np.empty((len(scratches), capacity), np.int64)
+        sums = np.empty((len(scratches), capacity, n_features), np.float32)
+        scratch_bytes = sum(scratch.size_bytes for scratch in scratches)
+        # A gather needs its outputs; a step needs the page numbers of its rows beside them.
+        self._note_workspace(scratch_bytes + 4 * rows.nbytes + sums.nbytes + 2 * grad.nbytes)
+        for first in range(0, n_levels, len(scratches)):
+            levels = range(first, min(first + len(scratches), n_levels))
+            counts = [0] * len(levels)
+
+            def gather(place: int, level: int, counts: list[int] = counts) -> None:
+                counts[place] = gather_level(
+                    x, grad, self._table, level, scratches[place], rows[place], sums[place]
+                )
+
+            self._workers.each(
+                [lambda p=p, level=level: gather(p, level) for p, level in enumerate(levels)]
+            )
+            for place, count in enumerate(counts):
+                self._n_refused += self._rows.apply(
+                    rows[place, :count], sums[place, :count], self.seed, self.updates, self._workers
+                )
+
+    def _note_workspace(self, size_bytes: int) -> None:
+        self._workspace_bytes = max(self._workspace_bytes, size_bytes)
+
+
+def create(
+    path: PathLike,
+    encoding: HashGrid,
+    *,
+    budget: Budget | str | int,
+    dtype: Literal["float16", "float32"] = "float16",
+    optimizer: Adam | SGD | None = None,
+    head: Head | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    page_size: int = 65536,
+    disk: Disk | None = None,
+) -> Field:
+    """Make a new field in a new store; durable when this returns.
+
+    Parameters
+    ----------
+    path : path
+        Where the store is to stand; nothing may be there yet.
+    encoding : HashGrid
+    budget : Budget, str or int
+        How much memory the store may use, ``"64MiB"`` or ``Budget(dram="64MiB", nvme="10GiB")``.
+    dtype : {"float16", "float32"}
+        Of the features. float16 rows are rounded stochastically when they are updated.
+    optimizer : Adam, SGD or None
+        Its state is kept in the store too. None makes a field that cannot be updated.
+    head : Head, optional
+        A small network from features to outputs.
+    seed : int
+        Of the initial features and of stochastic rounding.
+    threads : int, optional
+        As many as there are processors when left out.
+    page_size : int
+        Bytes, a power of two.
+    disk : tiers.Disk, optional
+        The operating system when left out.
+
+    Returns
+    -------
+    Field
+
+    Raises
+    ------
+    tiers.errors.StoreExistsError
+        If there is something at `path`.
+    tiers.errors.BudgetError
+        If the budget is too small; the message says what is the least.
+    FieldError
+        If a parameter is refused.
+    """
+    if not isinstance(encoding, HashGrid):
+        raise FieldError(f"encoding must be a HashGrid, not {type(encoding).__name__}")
+    if dtype not in ("float16", "float32"):
+        raise FieldError(f"dtype must be 'float16' or 'float32', not {dtype!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise FieldError(f"seed must be an integer in 0 .. 2^63 - 1, not {seed!r}")
+    spaces = _spaces(encoding, dtype, optimizer, head, seed)
+    store = Store.create(path, budget, page_size=page_size, spaces=spaces, disk=disk)
+    try:
+        record = {
+            "format": FIELD_FORMAT,
+            "encoding": encoding.to_dict(),
+            "optimizer": None if optimizer is None else optimizer.to_dict(),
+            "head": None if head is None else head.to_dict(),
+            "seed": seed,
+            "updates": 0,
+        }
+        if head is not None:
+            _write_head(store, head.initial(encoding.n_output_dims, seed))
+        store.commit(attributes={"field": record})
+        return Field(store, threads)
+    except BaseException:
+        store.close()
+        raise
+
+
+def open(  # noqa: A001 - `dpnc.open` is the name users look for
+    path: PathLike,
+    *,
+    budget: Budget | str | int,
+    read_only: bool = False,
+    threads: int | None = None,
+    disk: Disk | None = None,
+) -> Field:
+    """Open a field at its last commit; encoding, dtype, optimiser and head come from the store.
+
+    Parameters
+    ----------
+    path : path
+    budget : Budget, str or int
+    read_only : bool
+        Any number of readers, or one writer, may have a field open.
+    threads : int, optional
+    disk : tiers.Disk, optional
+
+    Returns
+    -------
+    Field
+
+    Raises
+    ------
+    tiers.errors.StoreNotFoundError, tiers.errors.NotAStoreError, tiers.errors.StoreLockedError
+    tiers.errors.FormatVersionError, tiers.errors.CorruptionError, tiers.errors.BudgetError
+    FieldFormatError
+        If the store holds no field.
+    """
+    store = Store.open(path, budget, read_only=read_only, disk=disk)
+    try:
+        return Field(store, threads)
+    except BaseException:
+        store.close()
+        raise
+
+
+def _spaces(
+    encoding: HashGrid, dtype: str, optimizer: Adam | SGD | None, head: Head | None, seed: int
+) -> list[SpaceSpec]:
+    width = encoding.n_features_per_level
+    initial = Uniform(-INITIAL_FEATURE, INITIAL_FEATURE, seed)
+    spaces = [SpaceSpec("features", dtype, width, encoding.n_rows, initial)]
+    if optimizer is not None and optimizer.state_width(width):
+        spaces.append(
+            SpaceSpec(
+                "features.state",
+                "float32",
+                optimizer.state_width(width),
+                encoding.n_rows,
+                Constant(),
+            )
+        )
+    if head is not None:
+        n_params = head.n_params(encoding.n_output_dims)
+        spaces.append(SpaceSpec("head", "float32", 1, n_params, Constant()))
+        if optimizer is not None and optimizer.state_width(1):
+            spaces.append(
+                SpaceSpec("head.state", "float32", optimizer.state_width(1), n_params, Constant())
+            )
+    return spaces
+
+
+def _write_head(store: Store, params: Features) -> None:
+    space = store.space("head")
+    for page in range(space.n_pages):
+        part = params[page * space.rows_per_page : (page + 1) * space.rows_per_page]
+        with store.claim([(space, np.array([page], np.int64))], write=True) as claim:
+            store.arena[claim.frames[0][0]].view(np.float32)[: len(part)] = part

@@ -1,0 +1,59 @@
+"""Workers: the threads that run kernels over ranges.
+
+Kernels release the GIL and write disjoint outputs, so results do not depend on how many threads there are. numba's own
+parallel loops are not used: its default layer ends the process when two threads enter it at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+
+def default_threads() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers:
+    """A few threads.
+
+    Parameters
+    ----------
+    n_threads : int
+        With one, everything runs on the calling thread.
+    """
+
+    def __init__(self, n_threads: int) -> None:
+        self.n_threads = n_threads
+        self._pool = (
+            ThreadPoolExecutor(n_threads, thread_name_prefix="dpnc") if n_threads > 1 else None
+        )
+
+    def over_ranges(self, count: int, least: int, work: Callable[[int, int], int | None]) -> int:
+        """Call ``work(start, stop)`` on pieces of ``0 .. count`` of at least `least`; sum what it returns."""
+        n_pieces = max(1, min(self.n_threads, count // least))
+        edges = [count * piece // n_pieces for piece in range(n_pieces + 1)]
+        return self.each(
+            [lambda a=a, b=b: work(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+        )
+
+    def each(self, calls: list[Callable[[], int | None]]) -> int:
+        """Make all calls, at once if there are threads; sum what they return.
+
+        All calls have ended when this returns or raises.
+        """
+        if self._pool is None or len(calls) == 1:
+            return sum(call() or 0 for call in calls)
+        jobs = [self._pool.submit(call) for call in calls]
+        failures = [failure for job in jobs if (failure := job.exception()) is not None]
+        if failures:
+            raise failures[0]
+        return sum(job.result() or 0 for job in jobs)
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()

@@ -1,0 +1,1 @@
+"""Slow references, written from the definitions."""

@@ -1,0 +1,108 @@
+"""What a store must read as: dicts, nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from tiers.space import Constant, SpaceSpec, uniform_at
+from tiers.store import Store
+
+
+@dataclass
+class State:
+    """One whole state of a store.
+
+    Attributes
+    ----------
+    specs : dict of str to SpaceSpec
+        By name of the space.
+    pages : dict of (str, int) to bytes
+        Written pages only, by name of the space and number of the page.
+    meta : dict
+        What was given to the last commit that was given one.
+    """
+
+    specs: dict[str, SpaceSpec] = field(default_factory=dict)
+    pages: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def copy(self) -> State:
+        return State(dict(self.specs), dict(self.pages), self.meta)
+
+    def difference(self, store: Store) -> str | None:
+        """Return the first thing in which `store` is not this state, None if it is.
+
+        Every byte of every page of every space is read, through claims.
+        """
+        names = {space.name for space in store.spaces}
+        if names != set(self.specs):
+            return f"the store has spaces {sorted(names)}, the model {sorted(self.specs)}"
+        if store.meta != self.meta:
+            return f"the store has meta {store.meta!s:.60}, the model {self.meta!s:.60}"
+        for space in store.spaces:
+            if space.spec != self.specs[space.name]:
+                return f"the store has {space.spec}, the model {self.specs[space.name]}"
+            for first in range(0, space.n_pages, store.n_frames):
+                pages = np.arange(first, min(first + store.n_frames, space.n_pages))
+                with store.claim([(space, pages)]) as claim:
+                    for page, frame in zip(pages.tolist(), claim.frames[0].tolist(), strict=True):
+                        expected = read_page(self, space.name, page, store.page_bytes)
+                        if store.arena[frame].tobytes() != expected:
+                            return f"page {page} of space {space.name!r} has other bytes"
+        return None
+
+
+@lru_cache(maxsize=4096)
+def initial_page(spec: SpaceSpec, page: int, page_bytes: int) -> bytes:
+    """Return the bytes of a page that was never written."""
+    n_elements = page_bytes // spec.row_bytes * spec.row_width
+    if isinstance(spec.initial, Constant):
+        elements = np.full(n_elements, spec.initial.value).astype(spec.dtype)
+    else:
+        elements = uniform_at(np.uint64(page * n_elements), n_elements, spec.initial).astype(
+            spec.dtype
+        )
+    return elements.tobytes().ljust(page_bytes, b"\0")
+
+
+class Model:
+    """A store as two states: what a reopen gives, and what is read now.
+
+    Parameters
+    ----------
+    page_bytes : int
+    """
+
+    def __init__(self, page_bytes: int) -> None:
+        self.page_bytes = page_bytes
+        self.committed = State()
+        self.current = State()
+
+    def create_space(self, spec: SpaceSpec) -> None:
+        self.current.specs[spec.name] = spec
+
+    def write(self, space: str, page: int, content: bytes) -> None:
+        assert len(content) == self.page_bytes
+        self.current.pages[space, page] = content
+
+    def read(self, space: str, page: int) -> bytes:
+        """Return what a page reads as now."""
+        return read_page(self.current, space, page, self.page_bytes)
+
+    def commit(self, meta: dict[str, Any] | None) -> None:
+        if meta is not None:
+            self.current.meta = meta
+        self.committed = self.current.copy()
+
+    def abort(self) -> None:
+        self.current = self.committed.copy()
+
+
+def read_page(state: State, space: str, page: int, page_bytes: int) -> bytes:
+    """Return what a page of a space reads as in `state`."""
+    written = state.pages.get((space, page))
+    return initial_page(state.specs[space], page, page_bytes) if written is None else written
