@@ -137,6 +137,7 @@ class Pager:
         depths = {FIRST_SPACE + n: depth_of(space.n_pages) for n, space in self.spaces.items()}
         tops = {number: root.trees[name] for name, number in TREE_NUMBERS.items()}
         self.map.begin(root.commit + 1, tops, depths)
+        self._catalogue_pieces_reserved = 0
 
     def read_catalogue(self, size_bytes: int) -> Catalogue:
         """Return the catalogue of the open transaction."""
@@ -162,10 +163,14 @@ class Pager:
     def reserve_catalogue(self, size_bytes: int) -> None:
         """Take what every commit writes anyway, so that a commit allocates nothing."""
         n_pieces = -(-size_bytes // BLOCK_BYTES)
+        # Asking again for what is taken already could fail on a disk that has filled up meanwhile.
+        if n_pieces <= self._catalogue_pieces_reserved:
+            return
         n_blocks = n_pieces + self.map.depth(CATALOGUE) + self.map.depth(SPACES) + 2
         self.allocator.ensure(0, n_blocks + self.allocation_bound(n_blocks))
         for piece in range(n_pieces):
             self.map.private_object(CATALOGUE, piece)
+        self._catalogue_pieces_reserved = n_pieces
 
     # Spaces
 

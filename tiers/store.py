@@ -28,14 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.budget import Budget
+from tiers.claims import Claim, Claims
 from tiers.condition import Condition
 from tiers.disk import Bytes, Disk, OsDisk
 from tiers.errors import (
     BudgetError,
     ClaimTooLargeError,
-    NestedClaimError,
     SpaceError,
-    TierError,
 )
 from tiers.files import StoreFiles
 from tiers.page_map import FIRST_SPACE, TREE_NUMBERS, depth_of
@@ -49,35 +48,6 @@ PAGE_BYTES_ALLOWED = tuple(1 << bits for bits in range(12, 21))
 PREFETCH_WAVE_PAGES = 16
 
 _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
-
-
-class Claim:
-    """Pages that stay in their frames until `release`; a context manager, for one thread.
-
-    Attributes
-    ----------
-    frames : list of int64 arrays
-        For each request, the frame of each page.
-    """
-
-    __slots__ = ("_store", "_write", "frames")
-
-    def __init__(self, store: Store, frames: list[Indices], write: bool) -> None:
-        self._store: Store | None = store
-        self._write = write
-        self.frames = frames
-
-    def release(self) -> None:
-        """Let the pages go; releasing twice is fine."""
-        if self._store is not None:
-            store, self._store = self._store, None
-            store._release(self.frames, self._write)
-
-    def __enter__(self) -> Claim:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.release()
 
 
 class Store:
@@ -103,13 +73,10 @@ class Store:
         self._root = files.root
         self._writer = threading.RLock()
         self._io = threading.RLock()
-        self._held = threading.local()
-        self._demands_waiting = 0
         self._changed = False
-        self._section_depth = 0
-        self._section_wrote = False
         self._counts = {"commits": 0, "aborts": 0}
         self._pager = Pager(files.root, files.slots, budget)
+        self._claims = Claims(self._pager, self._condition, self._io)
         self._catalogue = self._pager.read_catalogue(self._root.catalogue_bytes)
         for number, spec in self._catalogue.spaces.items():
             self._pager.add_space(Space(number, spec, self.page_bytes))
@@ -267,10 +234,12 @@ class Store:
         if any(space.name == spec.name for space in self.spaces):
             raise SpaceError(f"there is a space {spec.name!r} already")
         space = Space(max(self._pager.spaces, default=-1) + 1, spec, self.page_bytes)
+        catalogue = replace(self._catalogue, spaces={**self._catalogue.spaces, space.number: spec})
         self._begin_change()
+        self._pager.reserve_catalogue(len(catalogue.encode()))
         self._pager.add_space(space)
         self._pager.map.add_space(FIRST_SPACE + space.number, depth_of(space.n_pages))
-        self._catalogue.spaces[space.number] = spec
+        self._catalogue = catalogue
         return space
 
     def space(self, name: str) -> Space:
@@ -365,12 +334,14 @@ class Store:
         if total > self.n_frames:
             raise ClaimTooLargeError(total, self.n_frames)
         if not write:
-            return self._claim(checked, write=False)
+            return self._claims.take(checked, reserve=None, on_release=lambda: None)
         self._refuse_reader()
         self._writer.acquire()
         try:
             self._condition.require_whole()
-            return self._claim(checked, write=True)
+            return self._claims.take(
+                checked, reserve=self._ensure_room, on_release=self._writer.release
+            )
         except BaseException:
             self._writer.release()
             raise
@@ -383,23 +354,12 @@ class Store:
         if its page is evicted meanwhile. Say afterwards with `touch` what was read.
         """
         self._condition.require_usable()
-        with self._pager.mutex:
-            epoch = self._pager.frames.enter_epoch()
-            self._held.count = getattr(self._held, "count", 0) + 1
-        try:
+        with self._claims.epoch():
             yield
-        finally:
-            with self._pager.mutex:
-                self._pager.frames.leave_epoch(epoch)
-                self._held.count -= 1
-                self._pager.released.notify_all()
 
     def touch(self, requests: Sequence[Request]) -> None:
         """Tell the policy that these pages were read in an epoch; absent ones are passed over."""
-        with self._pager.mutex:
-            for space, pages in requests:
-                frames = space.page_table[pages]
-                self._pager.count_hits(frames[frames >= 0].astype(np.int64))
+        self._claims.touch(requests)
 
     def resident(self, space: Space, pages: Indices) -> npt.NDArray[np.bool_]:
         """Return which of these pages are in DRAM now."""
@@ -424,9 +384,7 @@ class Store:
         ((_, pages),) = self._pager.checked([(space, pages)])
         n_fetched = 0
         for start in range(0, len(pages), PREFETCH_WAVE_PAGES):
-            with self._pager.mutex:
-                while self._demands_waiting and not self._condition.closed:
-                    self._pager.released.wait(0.05)
+            self._claims.wait_for_demands()
             with self._io:
                 if self._condition.closed or self._condition.poison:
                     break
@@ -445,17 +403,13 @@ class Store:
         """
         with self._writing():
             self._condition.require_whole()
-            if self._section_depth == 0:
-                self._section_wrote = False
-            self._section_depth += 1
+            n_writes = self._claims.n_writes
             try:
                 yield
             except BaseException as failure:
-                if self._section_wrote:
+                if self._claims.n_writes > n_writes:
                     self._condition.broken = f"an update was cut short by {failure!r}"
                 raise
-            finally:
-                self._section_depth -= 1
 
     def reserve(self, requests: Sequence[Request]) -> None:
         """See to it that these pages can be written in this write section, whatever the disk.
@@ -466,8 +420,7 @@ class Store:
             If they cannot; nothing has changed.
         """
         with self._writing(), self._io:
-            self._begin_change()
-            self._pager.ensure_room(self._pager.checked(requests))
+            self._ensure_room(self._pager.checked(requests))
 
     def commit(
         self, *, attributes: dict[str, Any] | None = None, meta: dict[str, Any] | None = None
@@ -486,6 +439,8 @@ class Store:
 
         Raises
         ------
+        NestedClaimError
+            If this thread holds a claim or an epoch.
         TransactionBrokenError
             If an update failed half-way: `abort` first.
         MetaError
@@ -498,6 +453,7 @@ class Store:
             If a sync or the root failed: the store refuses from now on; reopening gives the last
             commit or this one, whole.
         """
+        self._refuse_holder()
         with self._writing(), self._io:
             self._condition.require_whole()
             if not self._changed and attributes is None and meta is None:
@@ -537,6 +493,7 @@ class Store:
 
     def abort(self) -> None:
         """Return to the last commit; waits until claims on what is forgotten have been released."""
+        self._refuse_holder()
         with self._writing(), self._io, self._condition.poisoning("abort"):
             self._pager.forget_private()
             self._pager.begin(self._root)
@@ -587,87 +544,24 @@ class Store:
             self._condition.require_writable()
             yield
 
+    def _refuse_holder(self) -> None:
+        if getattr(self._held, "count", 0):
+            raise NestedClaimError("a thread that holds a claim or an epoch cannot end a transaction")
+
     def _refuse_reader(self) -> None:
         self._condition.require_writable()
-        if getattr(self._held, "count", 0) > getattr(self._held, "writes", 0):
-            raise NestedClaimError("a thread that holds a read claim or an epoch cannot write")
+        self._claims.require_no_reading()
+
+    def _ensure_room(self, requests: list[Request]) -> None:
+        """See to it that pages can be written, growing the file if need be. I/O lock held."""
+        self._begin_change()
+        self._pager.ensure_room(requests)
 
     def _begin_change(self) -> None:
         """Take what every commit writes anyway, once a transaction. I/O lock held."""
         if not self._changed:
             self._pager.reserve_catalogue(self._root.catalogue_bytes)
             self._changed = True
-
-    # Inside: claims
-
-    def _claim(self, requests: list[Request], *, write: bool) -> Claim:
-        pager = self._pager
-        with pager.mutex:
-            found = pager.resident_frames(requests, write)
-            if found is not None:
-                for frames in found:
-                    pager.count_hits(frames)
-                return self._grant(found, write)
-        if getattr(self._held, "count", 0) > 0:
-            raise NestedClaimError(
-                "a thread that holds a claim or an epoch cannot bring in another one's pages"
-            )
-        with pager.mutex:
-            self._demands_waiting += 1
-        try:
-            with self._io:
-                self._condition.require_usable()
-                return self._claim_absent(requests, write)
-        except TierError:
-            raise
-        except BaseException as failure:
-            # An interrupt or a lack of memory may have struck between any two steps.
-            self._condition.poison = f"a claim was cut short by {failure!r}"
-            raise
-        finally:
-            with pager.mutex:
-                self._demands_waiting -= 1
-                pager.released.notify_all()
-
-    def _claim_absent(self, requests: list[Request], write: bool) -> Claim:
-        """Fault in what is missing, reserve what will be written. I/O lock held."""
-        pager = self._pager
-        if write:
-            self._begin_change()
-            pager.ensure_room(requests)
-        frames_of = pager.fault(requests)
-        if write:
-            try:
-                pager.make_pages_private(requests, frames_of)
-            except BaseException as failure:
-                self._condition.broken = f"reserving slots was cut short by {failure!r}"
-                with pager.mutex:
-                    pager.unpin(frames_of)
-                raise
-        with pager.mutex:
-            pager.unpin(frames_of)
-            return self._grant(frames_of, write)
-
-    def _grant(self, frames_of: list[Indices], write: bool) -> Claim:
-        """Pin frames for the calling thread. Mutex held."""
-        for frames in frames_of:
-            self._pager.frames.pins[frames] += 1
-            if write:
-                self._pager.frames.dirty[frames] = True
-        self._held.count = getattr(self._held, "count", 0) + 1
-        if write:
-            self._held.writes = getattr(self._held, "writes", 0) + 1
-            self._section_wrote = True
-        return Claim(self, frames_of, write)
-
-    def _release(self, frames_of: list[Indices], write: bool) -> None:
-        with self._pager.mutex:
-            self._pager.unpin(frames_of)
-            self._held.count -= 1
-            if write:
-                self._held.writes -= 1
-        if write:
-            self._writer.release()
 
 
 def _unlock_in_child() -> None:

@@ -1,0 +1,189 @@
+"""Claims: which thread holds which pages, and the epochs beside them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tiers.condition import Condition
+from tiers.errors import NestedClaimError, TierError
+from tiers.pager import Indices, Pager, Request
+
+
+class Claim:
+    """Pages that stay in their frames until `release`; a context manager, for one thread.
+
+    Attributes
+    ----------
+    frames : list of int64 arrays
+        For each request, the frame of each page.
+    """
+
+    __slots__ = ("_on_release", "frames")
+
+    def __init__(self, frames: list[Indices], on_release: Callable[[list[Indices]], None]) -> None:
+        self.frames = frames
+        self._on_release: Callable[[list[Indices]], None] | None = on_release
+
+    def release(self) -> None:
+        """Let the pages go; releasing twice is fine."""
+        if self._on_release is not None:
+            on_release, self._on_release = self._on_release, None
+            on_release(self.frames)
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+class _Held(threading.local):
+    """What the calling thread holds."""
+
+    claims_and_epochs = 0
+    write_claims = 0
+
+
+class Claims:
+    """Grants claims and epochs on the pages of a pager.
+
+    Parameters
+    ----------
+    pager : Pager
+    condition : Condition
+    io : RLock
+        The store's I/O lock.
+
+    Attributes
+    ----------
+    n_writes : int
+        Write claims granted so far.
+    """
+
+    def __init__(self, pager: Pager, condition: Condition, io: threading.RLock) -> None:
+        self._pager = pager
+        self._condition = condition
+        self._io = io
+        self._held = _Held()
+        self._n_demands_waiting = 0
+        self.n_writes = 0
+
+    def require_no_reading(self) -> None:
+        """Raise if the calling thread reads: a write could wait for it for ever."""
+        if self._held.claims_and_epochs > self._held.write_claims:
+            raise NestedClaimError("a thread that holds a read claim or an epoch cannot write")
+
+    def take(
+        self,
+        requests: list[Request],
+        *,
+        reserve: Callable[[list[Request]], None] | None,
+        on_release: Callable[[], None],
+    ) -> Claim:
+        """Grant a claim: at once if everything is resident, else after bringing it in.
+
+        Parameters
+        ----------
+        requests : list of (Space, int64 array)
+            Checked.
+        reserve : callable or None
+            Sees to it that the pages can be written; None makes a read claim.
+        on_release : callable
+        """
+        pager = self._pager
+        with pager.mutex:
+            found = pager.resident_frames(requests, write=reserve is not None)
+            if found is not None:
+                for frames in found:
+                    pager.count_hits(frames)
+                return self._grant(found, reserve is not None, on_release)
+        if self._held.claims_and_epochs:
+            raise NestedClaimError(
+                "a thread that holds a claim or an epoch cannot bring in another one's pages"
+            )
+        with pager.mutex:
+            self._n_demands_waiting += 1
+        try:
+            with self._io:
+                self._condition.require_usable()
+                frames_of = self._bring_in(requests, reserve)
+                with pager.mutex:
+                    pager.unpin(frames_of)
+                    return self._grant(frames_of, reserve is not None, on_release)
+        except TierError:
+            raise
+        except BaseException as failure:
+            # An interrupt or a lack of memory may have struck between any two steps.
+            self._condition.poison = f"a claim was cut short by {failure!r}"
+            raise
+        finally:
+            with pager.mutex:
+                self._n_demands_waiting -= 1
+                pager.released.notify_all()
+
+    @contextmanager
+    def epoch(self) -> Iterator[None]:
+        """Hold an epoch; see `Store.epoch`."""
+        with self._pager.mutex:
+            epoch = self._pager.frames.enter_epoch()
+        self._held.claims_and_epochs += 1
+        try:
+            yield
+        finally:
+            self._held.claims_and_epochs -= 1
+            with self._pager.mutex:
+                self._pager.frames.leave_epoch(epoch)
+                self._pager.released.notify_all()
+
+    def touch(self, requests: Sequence[Request]) -> None:
+        """Count hits of pages that were read in an epoch; see `Store.touch`."""
+        with self._pager.mutex:
+            for space, pages in requests:
+                frames = space.page_table[pages]
+                self._pager.count_hits(frames[frames >= 0].astype("int64"))
+
+    def wait_for_demands(self) -> None:
+        """Let every claim that waits for its pages go first."""
+        with self._pager.mutex:
+            while self._n_demands_waiting and not self._condition.closed:
+                self._pager.released.wait(0.05)
+
+    def _bring_in(
+        self, requests: list[Request], reserve: Callable[[list[Request]], None] | None
+    ) -> list[Indices]:
+        """Fault in what is missing; return the frames, pinned once. I/O lock held."""
+        if reserve is None:
+            return self._pager.fault(requests)
+        reserve(requests)
+        frames_of = self._pager.fault(requests)
+        try:
+            self._pager.make_pages_private(requests, frames_of)
+        except BaseException as failure:
+            self._condition.broken = f"reserving slots was cut short by {failure!r}"
+            with self._pager.mutex:
+                self._pager.unpin(frames_of)
+            raise
+        return frames_of
+
+    def _grant(
+        self, frames_of: list[Indices], write: bool, on_release: Callable[[], None]
+    ) -> Claim:
+        """Pin frames for the calling thread. Mutex held."""
+        for frames in frames_of:
+            self._pager.frames.pins[frames] += 1
+            if write:
+                self._pager.frames.dirty[frames] = True
+        self._held.claims_and_epochs += 1
+        self._held.write_claims += write
+        self.n_writes += write
+
+        def release(frames_of: list[Indices]) -> None:
+            with self._pager.mutex:
+                self._pager.unpin(frames_of)
+            self._held.claims_and_epochs -= 1
+            self._held.write_claims -= write
+            on_release()
+
+        return Claim(frames_of, release)
