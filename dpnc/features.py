@@ -82,7 +82,7 @@ class FeatureReader:
                     b,
                 ),
             )
-        return absent == 0
+        return np.asarray(absent == 0)
 
     def workspace_bytes(self, n_points: int) -> int:
         """Return the most bytes that `read` allocates for a batch, apart from `out`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -341,14 +342,14 @@ class Field:
         features = np.empty((len(x), self.encoding.n_output_dims), np.float32)
         self._read(x, features)
         grad_features = np.empty_like(features)
-        partial = np.empty((n_blocks(len(x)), len(params)), np.float32)
-        self._note_workspace(2 * features.nbytes + partial.nbytes)
+        block_grads = np.empty((n_blocks(len(x)), len(params)), np.float32)
+        self._note_workspace(2 * features.nbytes + block_grads.nbytes)
 
         def blocks(first: int, last: int) -> None:
-            decode_backward(head, params, features, grad, grad_features, partial, first, last)
+            decode_backward(head, params, features, grad, grad_features, block_grads, first, last)
 
-        self._workers.over_ranges(len(partial), 1, blocks)
-        return grad_features, sum_partial(partial)
+        self._workers.over_ranges(len(block_grads), 1, blocks)
+        return grad_features, sum_partial(block_grads)
 
     def _step_head(self, grad: Features) -> None:
         _, rows = self._need_head()
@@ -362,9 +363,7 @@ class Field:
 
         n_levels, n_at_once = self._table.n_levels, self._workers.n_threads
         n_features = self._table.n_features
-        scratches = [
-            GradientScratch(len(x), self._table) for _ in range(min(n_at_once, n_levels))
-        ]
+        scratches = [GradientScratch(len(x), self._table) for _ in range(min(n_at_once, n_levels))]
         capacity = max(gather_capacity(len(x), self._table, level) for level in range(n_levels))
         rows = np.empty((len(scratches), capacity), np.int64)
         sums = np.empty((len(scratches), capacity, n_features), np.float32)
@@ -380,9 +379,7 @@ class Field:
                     x, grad, self._table, level, scratches[place], rows[place], sums[place]
                 )
 
-            self._workers.each(
-                [lambda p=p, level=level: gather(p, level) for p, level in enumerate(levels)]
-            )
+            self._workers.each([partial(gather, p, level) for p, level in enumerate(levels)])
             for place, count in enumerate(counts):
                 self._n_refused += self._rows.apply(
                     rows[place, :count], sums[place, :count], self.seed, self.updates, self._workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class TrainedRows:
         self.state = store.space(f"{name}.state") if has_state else None
 
     def view(self, space: Space) -> npt.NDArray[Any]:
-        """Return the arena as values of a space, (n_frames, values a page); float16 as uint16 bits."""
+        """Return the arena as values (n_frames, values a page); float16 as uint16 bits."""
         dtype = np.uint16 if space.dtype == np.float16 else space.dtype
         return self._store.arena.view(dtype)
 
@@ -83,19 +84,15 @@ class TrainedRows:
             Values that were refused or saturated.
         """
         assert self._optimizer is not None
-        optimizer = self._optimizer
         n_refused = 0
-        for start, stop in self._chunks(rows):
-            with self._store.claim(self.requests(rows[start:stop]), write=True):
+        for first, last in self._chunks(rows):
+            with self._store.claim(self.requests(rows[first:last]), write=True):
                 params = self.paged(self.params)
                 state = None if self.state is None else self.paged(self.state)
-                n_refused += workers.over_ranges(
-                    stop - start,
-                    ROWS_PER_THREAD_MIN,
-                    lambda a, b, offset=start, params=params, state=state: optimizer.apply(
-                        rows, gradients, params, state, seed, update, offset + a, offset + b
-                    ),
+                step = partial(
+                    _step, self._optimizer, rows, gradients, params, state, seed, update, first
                 )
+                n_refused += workers.over_ranges(last - first, ROWS_PER_THREAD_MIN, step)
         return n_refused
 
     def _chunks(self, rows: Indices) -> Iterator[tuple[int, int]]:
@@ -118,7 +115,26 @@ class TrainedRows:
             start = stop
 
 
+def _step(
+    optimizer: Adam | SGD,
+    rows: Indices,
+    gradients: Gradients,
+    params: PagedRows,
+    state: PagedRows | None,
+    seed: int,
+    update: int,
+    first: int,
+    start: int,
+    stop: int,
+) -> int:
+    """Step with the rows ``start .. stop``, counted from `first`."""
+    return optimizer.apply(
+        rows, gradients, params, state, seed, update, first + start, first + stop
+    )
+
+
 def _distinct(ascending: Indices) -> Indices:
     if len(ascending) == 0:
         return ascending
-    return ascending[np.concatenate([[True], ascending[1:] != ascending[:-1]])]
+    is_first = np.concatenate([[True], ascending[1:] != ascending[:-1]])
+    return np.asarray(ascending[is_first])

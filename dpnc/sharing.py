@@ -1,4 +1,4 @@
-"""Sharing: many readers or one writer of a field at a time, so that a query sees all of an update or none."""
+"""Sharing: many readers or one writer, so that a query sees all of an update or none."""
 
 from __future__ import annotations
 

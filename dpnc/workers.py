@@ -1,7 +1,8 @@
 """Workers: the threads that run kernels over ranges.
 
-Kernels release the GIL and write disjoint outputs, so results do not depend on how many threads there are. numba's own
-parallel loops are not used: its default layer ends the process when two threads enter it at once.
+Kernels release the GIL and write disjoint outputs, so results do not depend on how many threads
+there are. numba's own parallel loops are not used: its default layer ends the process when two
+threads enter it at once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 
 
 def default_threads() -> int:
@@ -34,12 +37,10 @@ class Workers:
         )
 
     def over_ranges(self, count: int, least: int, work: Callable[[int, int], int | None]) -> int:
-        """Call ``work(start, stop)`` on pieces of ``0 .. count`` of at least `least`; sum what it returns."""
+        """Call ``work(start, stop)`` on pieces of ``0 .. count`` of at least `least`; sum the results."""
         n_pieces = max(1, min(self.n_threads, count // least))
         edges = [count * piece // n_pieces for piece in range(n_pieces + 1)]
-        return self.each(
-            [lambda a=a, b=b: work(a, b) for a, b in zip(edges, edges[1:], strict=False)]
-        )
+        return self.each([partial(work, a, b) for a, b in pairwise(edges)])
 
     def each(self, calls: list[Callable[[], int | None]]) -> int:
         """Make all calls, at once if there are threads; sum what they return.

@@ -1,7 +1,7 @@
 """A plan: keys that will be needed, exactly known, in the order of their need.
 
-Where the coordinates of a coming batch are known, so is its page list: looking ahead beats any guess. A plan knows
-only integers; what they are keys of is its owner's business.
+Where the coordinates of a coming batch are known, so is its page list: looking ahead beats any
+guess. A plan knows only integers; what they are keys of is its owner's business.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Plan:
     Parameters
     ----------
     n_keys_max : int
-        Most keys that wait at a time; what comes beyond is not planned, because it would push out what is needed
-        sooner.
+        Most keys that wait at a time; what comes beyond is not planned, because it would push out
+        what is needed sooner.
     """
 
     def __init__(self, n_keys_max: int) -> None:
@@ -64,7 +64,7 @@ class Plan:
         return ticket
 
     def next_wave(self, n_keys_max: int) -> Keys:
-        """Take up to `n_keys_max` keys of the oldest ticket out of the plan; empty when nothing waits."""
+        """Take up to `n_keys_max` keys of the oldest ticket; empty when nothing waits."""
         if not self._waiting:
             return np.empty(0, np.int64)
         ticket, keys = self._waiting.popleft()

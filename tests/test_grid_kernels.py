@@ -462,3 +462,43 @@ print(weights.ravel().tolist())
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[0.5625, 0.1875, 0.1875, 0.0625]"
+
+
+def test_code_compiled_from_other_sources_is_not_used(tmp_path: Path) -> None:
+    for package in ("dpnc", "tiers", "prefetch"):
+        skipped = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=skipped)
+    script = """
+import numpy as np
+from dpnc.encoding import HashGrid
+from dpnc.kernels.grid import forward
+table = HashGrid(n_dims=2, n_levels=1, n_features_per_level=1, base_resolution=4).level_table()
+rows = np.ones((1, 1024), np.float32)
+pages = np.zeros(1, np.int32), 10, np.zeros(1, np.uint8)
+out = np.zeros((1, 1), np.float32)
+forward(np.full((1, 2), 0.3, np.float32), table, rows, *pages, out, 0, 1)
+print(round(float(out[0, 0]), 5))
+"""
+    geometry = tmp_path / "dpnc" / "kernels" / "geometry.py"
+    source = geometry.read_text()
+    broken = source.replace("else one - fraction", "else one + fraction")
+    assert broken != source
+    stamp = geometry.stat().st_mtime_ns
+    seen = []
+    for text in (source, broken):
+        geometry.write_text(text)
+        os.utime(geometry, ns=(stamp, stamp))
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seen.append((done.returncode, done.stdout.strip()))
+    assert seen[0] == (0, "1.0")
+    assert seen[1][0] == 0
+    assert seen[1] != seen[0]
+    kept = list((tmp_path / "dpnc" / "kernels" / "__pycache__").glob("kernels-*"))
+    assert len(kept) == 1
