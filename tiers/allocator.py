@@ -26,14 +26,14 @@ Bitmap = npt.NDArray[np.uint8]
 
 
 class BitmapTree(Protocol):
-    """What the allocator needs of the page map: bitmap objects, read or made private to the transaction."""
+    """What the allocator needs of the page map: bitmap objects, read or made private."""
 
     def bitmap(self, number: int) -> Bitmap | None: ...
     def private_bitmap(self, number: int) -> Bitmap: ...
 
 
 class Growth(Protocol):
-    """Lengthens the page file to at least so many blocks, durably allocated; raises StoreFullError."""
+    """Lengthens the page file by allocated blocks, or raises StoreFullError."""
 
     def __call__(self, blocks_min: int, blocks_wanted: int) -> int: ...
 
@@ -152,7 +152,7 @@ class Allocator:
         self._tree.private_bitmap(block // BITMAP_BLOCKS)
 
     def settle(self) -> None:
-        """Write pending frees and unused spares into the bitmaps. Only a commit calls this, at its point of no return."""
+        """Write pending frees and unused spares into the bitmaps; a commit is past return then."""
         for block in self.spare:
             self._clear(block, 1)
         self.spare.clear()
@@ -160,7 +160,7 @@ class Allocator:
             self._clear(block, n_blocks)
 
     def committed(self) -> None:
-        """The commit is durable: what it freed can be taken."""
+        """Let what the durable commit freed be taken."""
         for number in {block // BITMAP_BLOCKS for block, _ in self.pending_free}:
             self._summarise(number, self._tree.bitmap(number))
         self.pending_free.clear()

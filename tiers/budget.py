@@ -24,7 +24,7 @@ _UNITS = {
 
 
 def parse_size(size: str | int) -> int:
-    """Return a size in bytes; ``"64MiB"``, ``"1.5 GiB"``, ``"10GB"`` and plain integers are understood.
+    """Return a size in bytes, from ``"64MiB"``, ``"1.5 GiB"``, ``"10GB"`` or an integer.
 
     Raises
     ------

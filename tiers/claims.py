@@ -75,6 +75,13 @@ class Claims:
         if self._held.claims_and_epochs > self._held.write_claims:
             raise NestedClaimError("a thread that holds a read claim or an epoch cannot write")
 
+    def require_nothing_held(self) -> None:
+        """Raise if the calling thread holds a claim or an epoch: a transaction cannot end under it."""
+        if self._held.claims_and_epochs:
+            raise NestedClaimError(
+                "a thread that holds a claim or an epoch cannot end a transaction"
+            )
+
     def take(
         self,
         requests: list[Request],

@@ -1,4 +1,4 @@
-"""The operating system, as a store sees it: every call that touches a file is here and nowhere else.
+"""The operating system, as a store sees it: every call that touches a file is made here.
 
 `Disk` is the contract; `OsDisk` is the real one; `tiers.testing.FaultDisk` records, tears and
 loses. A store that behaves on the second must not be able to tell it from the first.
@@ -72,7 +72,7 @@ class Disk(Protocol):
 
 
 def aligned_buffer(n_rows: int, row_bytes: int) -> Bytes:
-    """Return zeroed uint8 (n_rows, row_bytes) on a private anonymous mapping, fit for direct transfers.
+    """Return zeroed uint8 (n_rows, row_bytes) on a private mapping, fit for direct transfers.
 
     Huge pages are asked for where the platform has them; an untouched page of the mapping costs no
     memory.
@@ -173,7 +173,7 @@ class OsDisk:
         os.ftruncate(_descriptor(file), size_bytes)
 
     def lock(self, path: Path, *, exclusive: bool) -> OsFile:
-        """Lock a file against other processes and other opens of this one; the file is made if need be.
+        """Lock a file against other processes and other opens of this one, making it if need be.
 
         Raises
         ------

@@ -143,7 +143,7 @@ class StoreFiles:
         self._disk.sync_directory(path.parent)
 
     def write_root(self, root: Root) -> None:
-        """Write a root and make it durable; an `OSError` leaves it in doubt which root is current."""
+        """Write a root and make it durable; an `OSError` leaves in doubt which root is current."""
         self._disk.write_batch(self._root_file, [root.slot_offset()], [root.encode()])
         self._disk.sync(self._root_file)
         self.slots.n_syncs += 1
@@ -155,7 +155,7 @@ class StoreFiles:
         self.unlock()
 
     def unlock(self) -> None:
-        """Close the lock; the child of a fork does this so as not to keep its parent's lock alive."""
+        """Close the lock; the child of a fork does, lest it keep its parent's lock alive."""
         if self._lock is not None:
             self._disk.close(self._lock)
             self._lock = None
@@ -183,7 +183,7 @@ def _names_of_store(disk: Disk, path: Path) -> list[str]:
 
 
 def _clear_for_creation(disk: Disk, path: Path) -> None:
-    """Make the directory, or take over an empty one or the rest of a creation that was cut short."""
+    """Make the directory, or take over an empty one or the rest of an unfinished creation."""
     if not disk.exists(path):
         try:
             disk.make_directory(path)

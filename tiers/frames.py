@@ -100,7 +100,7 @@ class Frames:
     # Mapping
 
     def take_free(self, count: int) -> Indices:
-        """Return up to `count` free frames, which belong to the caller until it maps or returns them."""
+        """Return up to `count` free frames, the caller's until it maps or returns them."""
         taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
         return np.array(taken, np.int64)
 

@@ -133,7 +133,7 @@ class PageMap:
         self._space_depths = dict(space_depths)
 
     def add_space(self, tree: int, depth: int) -> None:
-        """Make a tree known whose top is an object of SPACES; it is empty until something is set."""
+        """Make a tree known whose top is an object of SPACES; it is empty at first."""
         self._space_depths[tree] = depth
         self._cover(SPACES, tree - FIRST_SPACE)
 
@@ -195,7 +195,7 @@ class PageMap:
             self._drop((tree, 0, index))
 
     def count_private_needed(self, tree: int, indices: npt.NDArray[np.int64]) -> int:
-        """Return an upper bound of the blocks that making these paths private takes, bitmaps apart."""
+        """Return the most blocks that making these paths private takes, bitmaps apart."""
         total = 0
         above = indices
         for _ in range(self.depth(tree)):
@@ -248,7 +248,8 @@ class PageMap:
             self._read_blocks([block], [raw])
             if bound_crc32c(raw, self._store_id, tree, level, index, version) != crc:
                 raise CorruptionError(
-                    f"map node (tree {tree}, level {level}, index {index}) at block {block} fails its checksum"
+                    f"map node (tree {tree}, level {level}, index {index}) at block {block} fails "
+                    "its checksum"
                 )
         except BaseException:
             self._free_frames.append(frame)
@@ -328,7 +329,7 @@ class PageMap:
             self._name_child(node, 0)
 
     def _frame(self) -> int:
-        """Return a free piece of the cache, evicting the clean node used longest ago, else a dirty one."""
+        """Return a free piece of the cache, evicting the clean node used longest ago if need be."""
         while not self._free_frames:
             clean = next((node for node in self._nodes.values() if not node.dirty), None)
             if clean is None:
@@ -354,7 +355,7 @@ class PageMap:
 
 
 def _runs(indices: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """Return (parent, start, stop) for each stretch of ascending `indices` under one level-1 node."""
+    """Return (parent, start, stop) for each stretch of `indices` under one level-1 node."""
     if len(indices) == 0:
         return []
     parents = indices >> FANOUT_BITS

@@ -349,7 +349,7 @@ class Pager:
             raise
 
     def write_back(self, frames: Indices) -> None:
-        """Write dirty victims to their slots, then evict those that nobody claimed meanwhile. I/O lock held."""
+        """Write dirty victims, then evict those that nobody claimed meanwhile. I/O lock held."""
         try:
             self.write_pages(frames)
         finally:
@@ -399,7 +399,8 @@ class Pager:
         tree = FIRST_SPACE + space.number
         if bound_crc32c(content, self.store_id, tree, 0, page, version) != crc:
             raise CorruptionError(
-                f"page {page} of space {space.name!r} (block {block}, commit {version}) fails its checksum"
+                f"page {page} of space {space.name!r} (block {block}, commit {version}) fails its "
+                "checksum"
             )
 
     def ensure_room(self, requests: list[Request]) -> None:
@@ -421,7 +422,7 @@ class Pager:
         return 2 * n_bitmaps + self.map.depth(ALLOCATION) + 4
 
     def make_pages_private(self, requests: list[Request], frames_of: list[Indices]) -> None:
-        """Give each page that has none a slot of this transaction. I/O lock held; room was ensured."""
+        """Give each page that has none a slot of this transaction. I/O lock held, room ensured."""
         for (space, pages), frames in zip(requests, frames_of, strict=True):
             fresh = ~self.frames.private[frames]
             if not fresh.any():
@@ -442,7 +443,7 @@ class Pager:
                 self.frames.block[frames[fresh]] = blocks
 
     def write_pages(self, frames: Indices) -> None:
-        """Write frames to their private slots and name them in the map. I/O lock held; nobody changes them."""
+        """Write frames, which nobody changes, to their slots and name them. I/O lock held."""
         books = self.frames
         frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
         for start in range(0, len(frames), WAVE_PAGES):
@@ -481,7 +482,7 @@ class Pager:
                 books.dirty[wave] = False
 
     def _write_page_elsewhere(self, frame: int) -> None:
-        """Write one page, trying other slots where the device refuses one; a refused slot is not used again."""
+        """Write one page, to another slot where the device refuses one; that one is given up."""
         for attempt in range(WRITE_ATTEMPTS):
             try:
                 self.slots.write_blocks([int(self.frames.block[frame])], [self.frames.arena[frame]])

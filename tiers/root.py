@@ -100,7 +100,7 @@ class Root:
 
 
 def _decode_copy(block: bytes) -> Root | int | None:
-    """Return the root in one copy, the number of an unknown format, or None if the copy is damaged."""
+    """Return the root in a copy, the number of an unknown format, or None if it is damaged."""
     magic, version, crc = _HEAD.unpack_from(block, 0)
     if magic != MAGIC:
         return None

@@ -112,7 +112,7 @@ class SlotFile:
         return self._disk.size(self.file) // BLOCK_BYTES
 
     def read_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
-        """Read from these blocks on, a buffer each (4 KiB or a page); the order is this method's business.
+        """Read from each of these blocks on into its buffer, 4 KiB or a page.
 
         Raises
         ------
@@ -156,7 +156,7 @@ class SlotFile:
         self.bytes_written += sum(len(buffer) for buffer in buffers)
 
     def grow(self, blocks_min: int, blocks_wanted: int) -> int:
-        """Lengthen the file, its blocks allocated, to `blocks_wanted` or at least `blocks_min`; return its length.
+        """Lengthen the file to `blocks_wanted` blocks, or at least `blocks_min`; return how many.
 
         Raises
         ------
@@ -167,7 +167,8 @@ class SlotFile:
         if blocks_max is not None and blocks_min > blocks_max:
             raise StoreFullError(
                 errno.ENOSPC,
-                f"the page file would need {blocks_min * BLOCK_BYTES} bytes and the NVMe budget is {self.size_bytes_max}",
+                f"the page file would need {blocks_min * BLOCK_BYTES} bytes and the NVMe budget is "
+                f"{self.size_bytes_max}",
             )
         if blocks_max is not None:
             blocks_wanted = min(blocks_wanted, blocks_max)

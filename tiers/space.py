@@ -32,7 +32,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Elements of unwritten rows are uniform in [low, high), a function of (seed, row, element) alone.
+    """Elements of unwritten rows are uniform in [low, high), by (seed, row, element) alone.
 
     The generator is counter-based: splitmix64's finaliser (Steele, Lea, Flood 2014, *Fast
     splittable pseudorandom number generators*) over seed and element number, top 24 bits scaled in
@@ -148,7 +148,10 @@ class Space:
         self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
 
     def __repr__(self) -> str:
-        return f"Space({self.name!r}, {self.spec.dtype}, {self.n_rows} rows x {self.row_width}, {self.n_pages} pages)"
+        return (
+            f"Space({self.name!r}, {self.spec.dtype}, {self.n_rows} rows x {self.row_width}, "
+            f"{self.n_pages} pages)"
+        )
 
     @property
     def name(self) -> str:

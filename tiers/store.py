@@ -51,7 +51,7 @@ _open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
 class Store:
-    """A page store; made with `Store.create` or `Store.open`, ended with `close` or a ``with`` block.
+    """A page store; made with `Store.create` or `Store.open`, ended with `close` or ``with``.
 
     After `commit` returns, everything written before it survives a process kill and, where the
     device honours a flush, a power cut. What was written since the last commit is lost when the
@@ -453,7 +453,7 @@ class Store:
             If a sync or the root failed: the store refuses from now on; reopening gives the last
             commit or this one, whole.
         """
-        self._refuse_holder()
+        self._claims.require_nothing_held()
         with self._writing(), self._io:
             self._condition.require_whole()
             if not self._changed and attributes is None and meta is None:
@@ -493,7 +493,7 @@ class Store:
 
     def abort(self) -> None:
         """Return to the last commit; waits until claims on what is forgotten have been released."""
-        self._refuse_holder()
+        self._claims.require_nothing_held()
         with self._writing(), self._io, self._condition.poisoning("abort"):
             self._pager.forget_private()
             self._pager.begin(self._root)
@@ -543,10 +543,6 @@ class Store:
         with self._writer:
             self._condition.require_writable()
             yield
-
-    def _refuse_holder(self) -> None:
-        if getattr(self._held, "count", 0):
-            raise NestedClaimError("a thread that holds a claim or an epoch cannot end a transaction")
 
     def _refuse_reader(self) -> None:
         self._condition.require_writable()
