@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,7 @@ def test_any_split_of_a_query_gives_the_same_bits(
     whole = shared_field.query(x)
     decoded = shared_field.decode(x)
     edges = [0, *sorted(cuts), 600]
-    parts = [x[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [x[a:b] for a, b in pairwise(edges)]
     assert np.array_equal(np.concatenate([shared_field.query(part) for part in parts]), whole)
     assert np.array_equal(np.concatenate([shared_field.decode(part) for part in parts]), decoded)
 

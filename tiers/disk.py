@@ -11,7 +11,7 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, Protocol
@@ -276,21 +276,42 @@ def _move_all(file: OsFile, runs: list[_Run], move: _Move) -> None:
 
 
 def _read_run(file: OsFile, run: _Run) -> None:
-    done = os.preadv(file.descriptor, run.buffers, run.offset)
+    done = _step(file, os.preadv, run, 0)
     while done < run.size_bytes:
-        step = os.preadv(file.descriptor, _rest(run, done), run.offset + done)
+        step = _step(file, os.preadv, run, done)
         if step == 0:
             raise EOFError(f"{file.path} ends at byte {run.offset + done}")
         done += step
 
 
 def _write_run(file: OsFile, run: _Run) -> None:
-    done = os.pwritev(file.descriptor, run.buffers, run.offset)
+    done = _step(file, os.pwritev, run, 0)
     while done < run.size_bytes:
-        step = os.pwritev(file.descriptor, _rest(run, done), run.offset + done)
+        step = _step(file, os.pwritev, run, done)
         if step == 0:
             raise OSError(errno.EIO, "the device takes no bytes", str(file.path))
         done += step
+
+
+def _step(file: OsFile, call: Callable[..., int], run: _Run, done: int) -> int:
+    """Move what one system call moves of a run of which `done` bytes are moved."""
+    try:
+        return call(file.descriptor, _rest(run, done), run.offset + done)
+    except OSError as refused:
+        # Some file systems accept O_DIRECT at open and refuse it at the transfer, and a transfer
+        # that stopped short may go on at an odd byte.
+        if refused.errno != errno.EINVAL or not file.direct:
+            raise
+    _stop_direct(file)
+    return call(file.descriptor, _rest(run, done), run.offset + done)
+
+
+def _stop_direct(file: OsFile) -> None:
+    import fcntl
+
+    flags = fcntl.fcntl(file.descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(file.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    file.direct = False
 
 
 def _rest(run: _Run, done: int) -> list[Bytes]:
