@@ -1,0 +1,161 @@
+"""Readers, a writer, prefetch, commits and aborts at once: no deadlock, no torn or stale page."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiers import Space, Store
+from tiers.errors import NestedClaimError
+
+SECONDS = float(os.environ.get("DPNC_THREADS_SECONDS", "8"))
+N_PAGES = 150
+
+
+def stamp(content: np.ndarray, page: int, number: int) -> None:
+    words = content.view(np.uint64)
+    words[:] = np.uint64(page) << np.uint64(32) | np.uint64(number)
+
+
+def read_stamp(content: np.ndarray, page: int) -> int:
+    words = content.view(np.uint64)
+    if words[0] == 0 and not words.any():
+        return 0
+    assert (words == words[0]).all(), "a torn page"
+    assert int(words[0]) >> 32 == page, "another page's bytes"
+    return int(words[0]) & 0xFFFFFFFF
+
+
+class Model:
+    """What each page may read as: what the last writes left, committed and not."""
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self.current = [0] * N_PAGES
+        self.committed = [0] * N_PAGES
+        self.number = 0
+
+
+def run_writer(store: Store, space: Space, model: Model, stop: threading.Event, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    while not stop.is_set():
+        pages = np.unique(generator.integers(0, N_PAGES, generator.integers(1, 12)))
+        with store.write_section():
+            with store.claim([(space, pages)], write=True) as claim:
+                with model.guard:
+                    model.number += 1
+                    number = model.number
+                for page, frame in zip(pages, claim.frames[0], strict=True):
+                    assert read_stamp(store.arena[frame], page) == model.current[page]
+                    stamp(store.arena[frame], int(page), number)
+                    model.current[page] = number
+            choice = generator.random()
+            if choice < 0.1:
+                store.commit(meta={"number": number})
+                model.committed = list(model.current)
+            elif choice < 0.13:
+                store.abort()
+                model.current = list(model.committed)
+
+
+def run_reader(store: Store, space: Space, stop: threading.Event, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    while not stop.is_set():
+        pages = np.unique(generator.integers(0, N_PAGES, generator.integers(1, 15)))
+        with store.claim([(space, pages)]) as claim:
+            frames = claim.frames[0]
+            for page, frame in zip(pages, frames, strict=True):
+                assert space.page_table[page] == frame
+                # A writer may be at work on this very page; its words are whole one by one.
+                words = store.arena[frame].view(np.uint64)
+                owners = np.unique(words >> np.uint64(32))
+                assert set(owners.tolist()) <= {0, int(page)}, "another page's bytes"
+
+
+def run_epochs(store: Store, space: Space, stop: threading.Event, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    while not stop.is_set():
+        with store.epoch():
+            pages = generator.integers(0, N_PAGES, 8)
+            seen = [(int(page), int(space.page_table[page])) for page in pages]
+            for _ in range(3):
+                for page, frame in seen:
+                    if frame >= 0:
+                        owner = int(store.arena[frame, :8].view(np.uint64)[0]) >> 32
+                        assert owner in (0, page), "a frame was reused in an epoch"
+
+
+def run_prefetch(store: Store, space: Space, stop: threading.Event, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    while not stop.is_set():
+        first = int(generator.integers(0, N_PAGES - 20))
+        store.fetch(space, np.arange(first, first + 20))
+
+
+def test_everything_at_once_for_a_while(tmp_path: Path) -> None:
+    model = Model()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    with Store.create(tmp_path / "store", "520KiB", page_size=4096) as store:
+        space = store.create_space("words", dtype="uint64", row_width=512, n_rows=N_PAGES)
+        store.commit()
+        assert store.n_frames < N_PAGES // 2
+        tasks = [
+            lambda: run_writer(store, space, model, stop, 1),
+            *[lambda seed=seed: run_reader(store, space, stop, seed) for seed in range(2, 6)],
+            lambda: run_epochs(store, space, stop, 7),
+            lambda: run_prefetch(store, space, stop, 8),
+        ]
+
+        def guarded(task: object) -> None:
+            try:
+                task()  # type: ignore[operator]
+            except BaseException as failure:
+                failures.append(failure)
+                stop.set()
+
+        threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
+        for thread in threads:
+            thread.start()
+        stop.wait(SECONDS)
+        stop.set()
+        deadline = time.monotonic() + 60
+        for thread in threads:
+            thread.join(max(0.1, deadline - time.monotonic()))
+        assert not failures, failures
+        assert not any(thread.is_alive() for thread in threads), "a deadlock"
+        store.check()
+        counts = store.stats()
+        assert counts["tiers"]["dram"]["evictions"] > 0
+        assert counts["commits"] > 2
+        for page in range(N_PAGES):
+            with store.claim([(space, np.array([page]))]) as claim:
+                assert read_stamp(store.arena[claim.frames[0][0]], page) == model.current[page]
+    with Store.open(tmp_path / "store", "520KiB") as store:
+        space = store.space("words")
+        for page in range(N_PAGES):
+            with store.claim([(space, np.array([page]))]) as claim:
+                assert read_stamp(store.arena[claim.frames[0][0]], page) == model.committed[page]
+
+
+def test_a_thread_that_reads_cannot_wait_for_itself(tmp_path: Path) -> None:
+    with Store.create(tmp_path / "store", "400KiB", page_size=4096) as store:
+        space = store.create_space("words", dtype="uint64", row_width=512, n_rows=N_PAGES)
+        with store.claim([(space, np.arange(store.n_frames))]):
+            with pytest.raises(NestedClaimError):
+                store.claim([(space, np.array([N_PAGES - 1]))])
+            with pytest.raises(NestedClaimError):
+                store.claim([(space, np.array([0]))], write=True)
+            with store.claim([(space, np.array([0]))]):
+                pass
+            with pytest.raises(NestedClaimError):
+                store.commit(meta={})
+        with store.epoch(), pytest.raises(NestedClaimError):
+            store.claim([(space, np.array([N_PAGES - 1]))])
+        store.claim([(space, np.array([N_PAGES - 1]))]).release()
+        store.check()
