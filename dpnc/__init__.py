@@ -2,7 +2,7 @@
 
 from dpnc.encoding import HashGrid
 from dpnc.errors import FieldError
-from dpnc.field import Field, create, open
+from dpnc.field import Field, create, open  # noqa: A004 - `dpnc.open` is what users look for
 from dpnc.head import Head
 from dpnc.lookahead import Prefetch
 from dpnc.optim import SGD, Adam

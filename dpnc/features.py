@@ -1,9 +1,9 @@
 """Features: the forward pass of a field, split until its pages fit into the budget.
 
-A batch runs first in an epoch, without a claim. The kernel marks every page it needs and counts misses; with none the
-batch is done. Otherwise the marks are the exact page list: all of it is claimed at once and the kernel runs again.
-A list longer than the arena is split, by levels first (the points of one level are near each other), then by points.
-Results do not depend on the split.
+A batch runs first in an epoch, without a claim. The kernel marks every page it needs and counts
+misses; with none the batch is done. Otherwise the marks are the exact page list: all of it is
+claimed at once and the kernel runs again. A list longer than the arena is split, by levels first
+(each needs few pages), then by points. Results do not depend on the split.
 """
 
 from __future__ import annotations

@@ -445,20 +445,31 @@ def create(
         raise FieldError(f"dtype must be 'float16' or 'float32', not {dtype!r}")
     if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
         raise FieldError(f"seed must be an integer in 0 .. 2^63 - 1, not {seed!r}")
-    spaces = _spaces(encoding, dtype, optimizer, head, seed)
-    store = Store.create(path, budget, page_size=page_size, spaces=spaces, disk=disk)
-    try:
-        record = {
-            "format": FIELD_FORMAT,
-            "encoding": encoding.to_dict(),
-            "optimizer": None if optimizer is None else optimizer.to_dict(),
-            "head": None if head is None else head.to_dict(),
-            "seed": seed,
-            "updates": 0,
-        }
+    if threads is not None and threads < 1:
+        raise FieldError(f"threads must be at least 1, not {threads}")
+    record = {
+        "format": FIELD_FORMAT,
+        "encoding": encoding.to_dict(),
+        "optimizer": None if optimizer is None else optimizer.to_dict(),
+        "head": None if head is None else head.to_dict(),
+        "seed": seed,
+        "updates": 0,
+    }
+
+    def prepare(store: Store) -> None:
         if head is not None:
             _write_head(store, head.initial(encoding.n_output_dims, seed))
         store.commit(attributes={"field": record})
+
+    store = Store.create(
+        path,
+        budget,
+        page_size=page_size,
+        spaces=_spaces(encoding, dtype, optimizer, head, seed),
+        prepare=prepare,
+        disk=disk,
+    )
+    try:
         return Field(store, threads)
     except BaseException:
         store.close()

@@ -1,6 +1,7 @@
 """Points: what may be asked of a field, checked once at the door.
 
-Points outside [0, 1] are refused, not clamped: a clamped point would train and serve the border in silence.
+Points outside [0, 1] are refused, not clamped: a clamped point would train and serve the border in
+silence.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def checked_points(x: Points, n_dims: int) -> Points:
     Raises
     ------
     PointsError
-        If dtype or shape are others, or a coordinate is outside [0, 1] or not a number; the message names the first
-        such point.
+        If dtype or shape are others, or a coordinate is outside [0, 1] or not a number; the message
+        names the first such point.
     """
     if not isinstance(x, np.ndarray):
         raise PointsError(f"points must be a numpy array, not {type(x).__name__}")
@@ -49,7 +50,8 @@ def checked_gradient(grad: Points, n_points: int, width: int) -> npt.NDArray[np.
     Raises
     ------
     PointsError
-        If dtype or shape are others, or a value is not finite; the message names the first such row.
+        If dtype or shape are others, or a value is not finite; the message names the first such
+        row.
     """
     if not isinstance(grad, np.ndarray):
         raise PointsError(f"a gradient must be a numpy array, not {type(grad).__name__}")

@@ -1,4 +1,4 @@
-"""Rows of a field in a store: what kernels see of them, and how a gradient is applied to them within the budget."""
+"""Rows of a field in a store: how kernels see them, and how a gradient is applied to them."""
 
 from __future__ import annotations
 

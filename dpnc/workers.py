@@ -37,7 +37,10 @@ class Workers:
         )
 
     def over_ranges(self, count: int, least: int, work: Callable[[int, int], int | None]) -> int:
-        """Call ``work(start, stop)`` on pieces of ``0 .. count`` of at least `least`; sum the results."""
+        """Call ``work(start, stop)`` on pieces of ``0 .. count``; sum the results.
+
+        A piece has at least `least` items, or is all there is.
+        """
         n_pieces = max(1, min(self.n_threads, count // least))
         edges = [count * piece // n_pieces for piece in range(n_pieces + 1)]
         return self.each([partial(work, a, b) for a, b in pairwise(edges)])

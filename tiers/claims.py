@@ -76,7 +76,7 @@ class Claims:
             raise NestedClaimError("a thread that holds a read claim or an epoch cannot write")
 
     def require_nothing_held(self) -> None:
-        """Raise if the calling thread holds a claim or an epoch: a transaction cannot end under it."""
+        """Raise if the calling thread holds anything: no transaction can end under it."""
         if self._held.claims_and_epochs:
             raise NestedClaimError(
                 "a thread that holds a claim or an epoch cannot end a transaction"

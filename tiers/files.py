@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -55,16 +55,16 @@ class StoreFiles:
         self._root_file = root_file
 
     @classmethod
-    def create(cls, disk: Disk, path: Path, page_bytes: int, size_bytes_max: int | None) -> None:
-        """Write the files of a new store; durable when this returns.
-
-        The root file appears last, by a rename: a creation that is cut short leaves no store.
-        """
+    def create(
+        cls, disk: Disk, path: Path, page_bytes: int, size_bytes_max: int | None
+    ) -> StoreFiles:
+        """Write the files of a new, empty store; it does not exist for others before `publish`."""
         opened: list[File] = []
         with _typed_errors(f"creating {path}"):
+            _clear_for_creation(disk, path)
             try:
-                _clear_for_creation(disk, path)
-                opened.append(disk.lock(path / LOCK_NAME, exclusive=True))
+                lock = disk.lock(path / LOCK_NAME, exclusive=True)
+                opened.append(lock)
                 store_id = uuid.uuid4().bytes
                 slots = SlotFile.create(
                     disk, path / PAGES_NAME, store_id, page_bytes, size_bytes_max
@@ -72,19 +72,30 @@ class StoreFiles:
                 opened.append(slots.file)
                 root = _write_first_state(slots, store_id)
                 slots.sync()
-                new_root = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
-                opened.append(new_root)
-                both_copies = root.encode()
-                disk.write_batch(new_root, [0, len(both_copies)], [both_copies, both_copies])
-                disk.sync(new_root)
-                # The name of the page file must be durable before a root that refers to it.
-                disk.sync_directory(path)
-                disk.rename(path / NEW_ROOT_NAME, path / ROOT_NAME)
-                disk.sync_directory(path)
-                disk.sync_directory(path.parent)
-            finally:
+                root_file = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
+                opened.append(root_file)
+                files = cls(disk, lock, root_file, root, slots)
+                files.write_both_roots(root)
+                return files
+            except BaseException:
                 for file in reversed(opened):
                     disk.close(file)
+                _remove(disk, path)
+                raise
+
+    def publish(self, path: Path) -> None:
+        """Make a created store appear under its name, durably."""
+        with _typed_errors(f"creating {path}"):
+            # The name of the page file must be durable before a root that refers to it.
+            self._disk.sync_directory(path)
+            self._disk.rename(path / NEW_ROOT_NAME, path / ROOT_NAME)
+            self._disk.sync_directory(path)
+            self._disk.sync_directory(path.parent)
+
+    def discard(self, path: Path) -> None:
+        """Close and remove the files of a creation that failed."""
+        self.close()
+        _remove(self._disk, path)
 
     @classmethod
     def open(
@@ -135,12 +146,20 @@ class StoreFiles:
     def _confirm(self, path: Path) -> None:
         """Make durable the state that was found, before anything is built on it.
 
-        The process that wrote it may have died, or failed, between writing its root and the sync: the page cache
-        shows a root that the device may not have. Written again, because after a failed sync the page is clean.
+        The process that wrote it may have died, or failed, between writing its root and the sync:
+        the page cache shows a root that the device may not have. Written again, because after a
+        failed sync the page is clean.
         """
-        self.write_root(self.root)
+        self.write_both_roots(self.root)
         self._disk.sync_directory(path)
         self._disk.sync_directory(path.parent)
+
+    def write_both_roots(self, root: Root) -> None:
+        """Write a root into both slots, the one of the other commit first, and make it durable."""
+        both_copies = root.encode()
+        for offset in (ROOT_FILE_BYTES // 2 - root.slot_offset(), root.slot_offset()):
+            self._disk.write_batch(self._root_file, [offset], [both_copies])
+            self._disk.sync(self._root_file)
 
     def write_root(self, root: Root) -> None:
         """Write a root and make it durable; an `OSError` leaves in doubt which root is current."""
@@ -180,6 +199,16 @@ def _names_of_store(disk: Disk, path: Path) -> list[str]:
         unfinished = " (a creation that never finished)" if PAGES_NAME in names else ""
         raise NotAStoreError(f"{path} is no dpnc store: it has no root file{unfinished}")
     return names
+
+
+def _remove(disk: Disk, path: Path) -> None:
+    """Remove what a creation wrote; the directory stays, empty, and can be created in again."""
+    for name in (ROOT_NAME, NEW_ROOT_NAME, PAGES_NAME, LOCK_NAME):
+        # The failure that led here is the one to tell. What cannot be removed now either, the next
+        # creation takes over, unless it is a whole root.
+        with suppress(OSError):
+            if disk.exists(path / name):
+                disk.unlink(path / name)
 
 
 def _clear_for_creation(disk: Disk, path: Path) -> None:

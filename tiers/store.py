@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +96,7 @@ class Store:
         *,
         page_size: int = PAGE_BYTES_DEFAULT,
         spaces: Sequence[SpaceSpec] = (),
+        prepare: Callable[[Store], None] | None = None,
         disk: Disk | None = None,
     ) -> Store:
         """Make a new store, a directory; durable when this returns.
@@ -109,6 +110,9 @@ class Store:
             Bytes of a page, a power of two from 4096 to 1 MiB; a constant of the store.
         spaces : sequence of SpaceSpec
             Spaces to begin with. Later ones take their page tables from a 64th of the budget.
+        prepare : callable, optional
+            Writes what the store is to contain from the first: nobody sees a store without it, even
+            after a crash. If it raises, nothing is left behind.
         disk : Disk, optional
             The operating system when left out.
 
@@ -132,15 +136,15 @@ class Store:
                 f"a DRAM budget of {budget.dram_bytes} bytes is too small for pages of {page_size} "
                 f"bytes; the least is {least} bytes"
             )
-        StoreFiles.create(disk, path, page_size, budget.nvme_bytes)
-        if not spaces:
-            return cls.open(path, budget, disk=disk)
-        files = StoreFiles.open(disk, path, budget.nvme_bytes, read_only=False)
+        files = StoreFiles.create(disk, path, page_size, budget.nvme_bytes)
         try:
             store = cls(path, files, budget, False, spaces)
+            if prepare is not None:
+                prepare(store)
             store.commit()
+            files.publish(path)
         except BaseException:
-            files.close()
+            files.discard(path)
             raise
         return store
 
