@@ -14,7 +14,7 @@ import pytest
 
 from tiers import OsDisk, Store
 from tiers.disk import aligned_buffer
-from tiers.errors import StoreIOError, StoreLockedError
+from tiers.errors import StoreExistsError, StoreIOError, StoreLockedError, TierError
 
 BLOCK = 4096
 
@@ -192,3 +192,34 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     assert str(closed / "new") in creating
     assert opening.startswith(StoreIOError.__name__)
     assert pages == "1"
+
+
+def test_a_creation_in_progress_is_not_taken_for_the_rest_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    seen: list[type[BaseException]] = []
+
+    def create_again(store: Store) -> None:
+        try:
+            Store.create(path, "1MiB", page_size=BLOCK)
+        except TierError as refused:
+            seen.append(type(refused))
+
+    Store.create(path, "1MiB", page_size=BLOCK, prepare=create_again).close()
+    assert seen == [StoreLockedError]
+    with Store.open(path, "1MiB") as store:
+        store.check()
+    with pytest.raises(StoreExistsError):
+        Store.create(path, "1MiB", page_size=BLOCK)
+
+
+def test_a_creation_that_fails_leaves_nothing_and_can_be_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+
+    def fail(store: Store) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Store.create(path, "1MiB", page_size=BLOCK, prepare=fail)
+    assert list(path.iterdir()) == []
+    Store.create(path, "1MiB", page_size=BLOCK).close()
+    Store.open(path, "1MiB").close()

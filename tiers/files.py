@@ -61,10 +61,15 @@ class StoreFiles:
         """Write the files of a new, empty store; it does not exist for others before `publish`."""
         opened: list[File] = []
         with _typed_errors(f"creating {path}"):
-            _clear_for_creation(disk, path)
+            _make_directory(disk, path)
+            lock = disk.lock(path / LOCK_NAME, exclusive=True)
+            opened.append(lock)
             try:
-                lock = disk.lock(path / LOCK_NAME, exclusive=True)
-                opened.append(lock)
+                _remove_unfinished(disk, path)
+            except BaseException:
+                disk.close(lock)
+                raise
+            try:
                 store_id = uuid.uuid4().bytes
                 slots = SlotFile.create(
                     disk, path / PAGES_NAME, store_id, page_bytes, size_bytes_max
@@ -211,22 +216,33 @@ def _remove(disk: Disk, path: Path) -> None:
                 disk.unlink(path / name)
 
 
-def _clear_for_creation(disk: Disk, path: Path) -> None:
-    """Make the directory, or take over an empty one or the rest of an unfinished creation."""
+def _make_directory(disk: Disk, path: Path) -> None:
+    """Make the directory, or accept an empty one or one that a creation left unfinished."""
     if not disk.exists(path):
         try:
             disk.make_directory(path)
         except FileNotFoundError:
             raise StoreNotFoundError(f"{path.parent} does not exist") from None
+        except FileExistsError:
+            _require_no_store(disk, path)
         return
+    _require_no_store(disk, path)
+
+
+def _require_no_store(disk: Disk, path: Path) -> None:
     try:
         names = disk.list_directory(path)
     except NotADirectoryError:
         raise StoreExistsError(f"{path} exists and is a file") from None
     if set(names) - {PAGES_NAME, LOCK_NAME, NEW_ROOT_NAME}:
         raise StoreExistsError(f"{path} exists and is not empty")
-    for name in names:
-        if name != LOCK_NAME:
+
+
+def _remove_unfinished(disk: Disk, path: Path) -> None:
+    """Remove what a creation that was cut short left behind; the lock is held."""
+    _require_no_store(disk, path)
+    for name in (PAGES_NAME, NEW_ROOT_NAME):
+        if disk.exists(path / name):
             disk.unlink(path / name)
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each prints the peer beside us from one interleaved run, and the limit."""
