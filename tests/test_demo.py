@@ -63,10 +63,10 @@ def good_report():
         machine="",
         width=8,
         height=8,
-        field_bytes=14 * MIB,
-        state_bytes=60 * MIB,
+        field_bytes=28 * MIB,
+        state_bytes=120 * MIB,
         workspace_bytes=8 * MIB,
-        store_peak_bytes=16 * MIB,
+        store_peak_bytes=32 * MIB,
         process_peak_bytes=30 * MIB,
         process_peak_is_exact=True,
         page_faults=10,
@@ -102,11 +102,11 @@ def test_a_good_report_holds():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"state_bytes": 40 * MIB},
-        {"plan": Plan(budget_bytes=20 * MIB)},
-        {"store_peak_bytes": 16 * MIB + 1},
-        {"serve_store_peak_bytes": 4 * MIB},
-        {"process_peak_bytes": 41 * MIB},
+        {"state_bytes": 30 * MIB},
+        {"plan": Plan(budget_bytes=40 * MIB)},
+        {"store_peak_bytes": 32 * MIB + 1},
+        {"serve_store_peak_bytes": 7 * MIB},
+        {"process_peak_bytes": 57 * MIB},
         {"found_digest": "b"},
         {"found_step": 7},
         {"killed_by": "exit code 0"},
@@ -157,5 +157,7 @@ def test_a_resident_peak_sees_memory_that_was_touched_and_given_back():
 def test_a_panel_shows_pictures_of_any_proportion(tmp_path, shape):
     original = np.zeros((*shape, 3), dtype=np.float32)
     resident = np.ones((shape[0] // 4, shape[1] // 4), dtype=bool)
-    save_panel(tmp_path / "panel.png", original, original + np.float32(0.1), resident)
+    save_panel(
+        tmp_path / "panel.png", original, original + np.float32(0.1), resident, (0, 0, 0.5, 0.5)
+    )
     assert load(tmp_path / "panel.png").shape[1] > 1000

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tiers import OsDisk, Store
+from tiers import Constant, OsDisk, SpaceSpec, Store
 from tiers.disk import aligned_buffer
 from tiers.errors import StoreExistsError, StoreIOError, StoreLockedError, TierError
 
@@ -223,3 +223,13 @@ def test_a_creation_that_fails_leaves_nothing_and_can_be_repeated(tmp_path: Path
     assert list(path.iterdir()) == []
     Store.create(path, "1MiB", page_size=BLOCK).close()
     Store.open(path, "1MiB").close()
+
+
+def test_a_space_can_be_added_to_a_store_that_was_reopened(tmp_path: Path) -> None:
+    specs = [SpaceSpec("first", "float32", 4, 1 << 20, Constant())]
+    Store.create(tmp_path / "store", "1MiB", page_size=BLOCK, spaces=specs).close()
+    with Store.open(tmp_path / "store", "1MiB") as store:
+        store.create_space("second", dtype="float32", row_width=4, n_rows=1 << 18)
+        store.commit()
+    with Store.open(tmp_path / "store", "1MiB") as store:
+        assert [space.name for space in store.spaces] == ["first", "second"]

@@ -1,4 +1,4 @@
-"""The runners catch the bugs that they are there for: each is planted once, and found; without it they pass."""
+"""The runners catch the bugs that they are there for: each is planted once, and found."""
 
 import numpy as np
 import pytest

@@ -54,8 +54,8 @@ def budget_min(page_bytes: int, spaces: Sequence[Space] = ()) -> int:
     nodes = NODES_MIN * BLOCK_BYTES
     frames = FRAMES_MIN * (page_bytes + BYTES_PER_FRAME_RECORD)
     tables = 4 * sum(space.n_pages for space in spaces)
-    # A new store holds back a 64th, and a 32nd is for map nodes where that is more.
-    return max(nodes + page_bytes + frames + tables, 0) * 64 // 61 + BLOCK_BYTES
+    # A 64th is held back, and a 32nd is for map nodes where that is more.
+    return (nodes + page_bytes + frames + tables) * 64 // 61 + BLOCK_BYTES
 
 
 class Pager:
@@ -112,14 +112,14 @@ class Pager:
         )
 
     def make_frames(self) -> None:
-        """Take the rest of the budget for frames; a new store keeps a 64th for page tables.
+        """Take the rest of the budget for frames, but for a 64th: page tables of later spaces.
 
         Raises
         ------
         BudgetError
             If the rest holds less than `FRAMES_MIN` frames.
         """
-        slack = 0 if self.spaces else self.account.limit_bytes // 64
+        slack = self.account.limit_bytes // 64
         per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
         n_frames = (self.account.left_bytes - slack) // per_frame
         if n_frames < FRAMES_MIN:

@@ -1,15 +1,16 @@
 """What a disk or a change to the store is tested with.
 
-`FaultDisk` records, fails and loses; `power_cut` makes the images that a disk may hold afterwards; `Model` says what a
-store must read as; `record` runs random transactions and `check_images` cuts them off; `StoreMachine` (which needs
-hypothesis) drives a store against the model. ``python -m tiers.testing`` checks images by the thousand.
+`FaultDisk` records, fails and loses; `power_cut` makes the images that a disk may hold afterwards;
+`Model` says what a store must read as; `record` runs random transactions and `check_images` cuts
+them off; `StoreMachine` (which needs hypothesis) drives a store against the model. ``python -m
+tiers.testing`` checks images by the thousand.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tiers.testing.crash import Violation, check_image, check_images, replay
+from tiers.testing.crash import RecoveryError, check_image, check_images, replay
 from tiers.testing.fault_disk import Fault, FaultDisk, PowerCut
 from tiers.testing.images import power_cut
 from tiers.testing.log import Log
@@ -26,9 +27,9 @@ __all__ = [
     "Model",
     "PowerCut",
     "Recording",
+    "RecoveryError",
     "State",
     "StoreMachine",
-    "Violation",
     "check_image",
     "check_images",
     "power_cut",

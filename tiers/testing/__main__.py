@@ -14,7 +14,7 @@ import time
 from rich.console import Console
 from rich.progress import track
 
-from tiers.testing.crash import Violation, check_images, replay
+from tiers.testing.crash import RecoveryError, check_images, replay
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.replay is not None:
         try:
             replay(*options.replay)
-        except Violation as violation:
+        except RecoveryError as violation:
             console.print_exception()
             console.print(str(violation), markup=False)
             return 1
@@ -37,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     n_violations = 0
     images = check_images(options.seed, options.images)
-    for violation in track(images, "checking", options.images, console=console):
-        if violation is not None:
+    for found in track(images, "checking", options.images, console=console):
+        if found is not None:
             n_violations += 1
-            console.print(str(violation), markup=False)
+            console.print(str(found), markup=False)
     seconds = time.monotonic() - start
     rate = options.images / max(seconds, 1e-9)
     console.print(f"{options.images} images, {n_violations} violations, {rate:.0f} images/s")

@@ -1,4 +1,4 @@
-"""Power cuts by the thousand: every image must reopen as a state that was committed, and go on from there."""
+"""Power cuts by the thousand: every image must reopen as a committed state, and go on."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tiers.testing.workload import PATH, Recording, record
 BUDGET_BYTES = 4 << 20
 IMAGES_PER_RECORDING = 100
 PAGE_BYTES = (4096, 8192, 4096, 65536)
-"""Page sizes of successive recordings; with 4 KiB a slot is one block, with more a slot can be broken for map nodes."""
+"""Of successive recordings. With 4 KiB a slot is one block; larger ones are broken for nodes."""
 
 
-class Violation(AssertionError):
+class RecoveryError(AssertionError):
     """A store did not come back as it must.
 
     Attributes
@@ -35,7 +35,7 @@ class Violation(AssertionError):
         self.image = image
 
 
-def check_images(seed: int, n_images: int) -> Iterator[Violation | None]:
+def check_images(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
     """Record runs from `seed` on and check images of them; yield one outcome an image.
 
     Parameters
@@ -53,7 +53,7 @@ def check_images(seed: int, n_images: int) -> Iterator[Violation | None]:
             image = int(rng.integers(1 << 32))
             try:
                 check_image(recording, k, image)
-            except Violation as violation:
+            except RecoveryError as violation:
                 yield violation
             else:
                 yield None
@@ -66,7 +66,7 @@ def record_seed(seed: int) -> Recording:
 
 
 def replay(seed: int, k: int, image: int) -> None:
-    """Check one image again, as a `Violation` names it."""
+    """Check one image again, as a `RecoveryError` names it."""
     check_image(record_seed(seed), k, image)
 
 
@@ -75,7 +75,7 @@ def check_image(recording: Recording, k: int, image: int) -> None:
 
     Raises
     ------
-    Violation
+    RecoveryError
     """
     disk = power_cut(recording.log, k, np.random.default_rng(image))
     allowed = recording.allowed(k)
@@ -87,7 +87,7 @@ def check_image(recording: Recording, k: int, image: int) -> None:
                 disk, [recording.states[number] for number in allowed], np.random.default_rng(image)
             )
     except Exception as failure:
-        raise Violation(
+        raise RecoveryError(
             recording.seed, k, image, f"{type(failure).__name__}: {failure}"
         ) from failure
 

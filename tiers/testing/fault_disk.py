@@ -1,4 +1,4 @@
-"""A disk in memory that records every change, fails on demand, and can be cut off at any operation."""
+"""A disk in memory that records every change, fails on demand, and can be cut off."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 class PowerCut(BaseException):
-    """The power went off in the middle of an operation; nothing that runs may handle it as an error."""
+    """The power went off in the middle of an operation; no handler of errors may catch it."""
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Fault:
     kinds : collection of str
         What can be struck and is counted; everything by default.
     silent : {"lose", "misdirect"}, optional
-        Instead of an error: the first buffer of a write is lost, or lands `displacement_bytes` further on, and
-        success is reported.
+        Instead of an error: the first buffer of a write is lost, or lands `displacement_bytes`
+        further on, and success is reported.
     displacement_bytes : int
     """
 
@@ -118,7 +118,8 @@ class FaultDisk:
     capacity_bytes : int, optional
         Writes and allocations that would lengthen files beyond it fail with ENOSPC.
     knows_direct : bool
-        Whether `open` grants direct transfers. It does by default, and then refuses unaligned ones as a device does.
+        Whether `open` grants direct transfers. It does by default, and then refuses unaligned ones
+        as a device does.
 
     Attributes
     ----------
@@ -159,14 +160,14 @@ class FaultDisk:
         return self._fault is not None
 
     def cut_after(self, n_changes: int | None) -> None:
-        """Let so many more changes through; the next one is logged and raises `PowerCut`, as do all calls after it.
+        """Let so many more changes through; the next is logged, and it and all later calls raise.
 
         None takes a cut back that has not struck.
         """
         self._cut_in = n_changes
 
     def power_off(self) -> None:
-        """Forget every open file and lock, as the end of a process does; heal, and switch on again."""
+        """Forget open files and locks, as the end of a process does; heal, and switch on again."""
         self._open_files.clear()
         self._fault = self._cut_in = None
         self._is_off = False
@@ -335,8 +336,8 @@ class FaultDisk:
 
     def rename(self, source: Path, target: Path) -> None:
         with self._operation("rename", source):
-            inode = self._find(source)
             source_parent, target_parent = self._parent(source), self._parent(target)
+            inode = self._find(source)
             if self._exists_in(target_parent, target.name):
                 self._check_replaceable(inode, target)
             changes = ((source_parent, source.name, None), (target_parent, target.name, inode))
@@ -359,7 +360,7 @@ class FaultDisk:
     def _operation(
         self, kind: Kind, path: Path, half_done: Sequence[Operation] = ()
     ) -> Iterator[Fault | None]:
-        """Count one operation and let an armed fault strike; yield the fault if it is a silent one."""
+        """Count one operation and let a fault strike; yield the fault if it is a silent one."""
         with self._guard:
             self._check_power()
             self.n_operations += 1

@@ -1,8 +1,9 @@
 """What a disk may hold after the power went off.
 
-Everything synced survives. Of what was not, any subset survives, torn anywhere at a granularity down to 16 bytes;
-a file may have lost the growth that nobody synced, a directory the entries. A write whose sync failed stays in doubt
-for good. That is more than any one file system does, and no less than POSIX allows.
+Everything synced survives. Of what was not, any subset survives, torn anywhere at a granularity
+down to 16 bytes; a file may have lost the growth that nobody synced, a directory the entries. A
+write whose sync failed stays in doubt for good. That is more than any one file system does, and no
+less than POSIX allows.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _durable(operations: Sequence[Operation]) -> list[bool]:
 def _survivors(
     operations: Sequence[Operation], durable: Sequence[bool], rng: np.random.Generator
 ) -> list[bool]:
-    """Choose what is left: of what was not durable nothing, everything, the oldest part, or any subset."""
+    """Choose what is left of the rest: nothing, everything, the oldest part, or any subset."""
     doubtful = [position for position, safe in enumerate(durable) if not safe]
     survives = list(durable)
     scenario = rng.choice(("nothing", "everything", "prefix", "subset"), p=(0.15, 0.15, 0.2, 0.5))

@@ -1,4 +1,4 @@
-"""The log of a fault disk: everything that changed, in order, above the state that was durable at its beginning."""
+"""The log of a fault disk: every change in order, above what was durable at the beginning."""
 
 from __future__ import annotations
 
@@ -39,8 +39,9 @@ class Resize:
 class Sync:
     """Contents and length of a file made durable.
 
-    A sync that failed leaves the writes that waited for it in doubt for good: the operating system may have dropped
-    them and will report success to the next sync (Rebello et al. 2020, *Can applications recover from fsync failures?*).
+    A sync that failed leaves the writes that waited for it in doubt for good: the operating system
+    may have dropped them and will report success to the next sync (Rebello et al. 2020, *Can
+    applications recover from fsync failures?*).
     """
 
     inode: int
@@ -49,7 +50,7 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Entries of directories changed in one indivisible step: (directory, name, inode or None for no entry)."""
+    """Directory entries changed in one step: (directory, name, inode or None for no entry)."""
 
     changes: tuple[tuple[int, str, int | None], ...]
 

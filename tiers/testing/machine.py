@@ -1,4 +1,4 @@
-"""A store driven at random against the model, as a hypothesis state machine that users can aim at a disk of theirs."""
+"""A store driven at random against the model: a hypothesis state machine for any disk."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from tiers.disk import Disk
 from tiers.errors import BudgetError, StoreFullError, StorePoisonedError
 from tiers.space import Constant, Initial, Space, SpaceSpec, Uniform
 from tiers.store import Store
-from tiers.testing.fault_disk import Fault, FaultDisk, PowerCut
+from tiers.testing.fault_disk import Fault, FaultDisk, Kind, PowerCut
 from tiers.testing.images import power_cut
 from tiers.testing.model import Model, State
 from tiers.testing.workload import tight_budget_bytes
 
 SPACES_MAX = 4
+SYNC: tuple[Kind, ...] = ("sync",)
 INITIALS: tuple[Initial, ...] = (Constant(), Constant(1.5), Uniform(-1.0, 1.0, seed=7))
 
 _pages = st.sets(st.integers(0, 39), min_size=1, max_size=6)
@@ -30,10 +31,11 @@ _long_metas = st.integers(0, 9000).map(lambda size: {"text": "x" * size})
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Creates, writes, reads, evicts, commits, aborts, reopens, kills and cuts the power; `check` after every step.
+    """Writes, reads, evicts, commits, aborts, reopens, kills, cuts the power; always checks.
 
-    Subclass it and override `make_disk` to test a disk of your own; what only a `FaultDisk` can do (kills, power
-    cuts, failing syncs, a full disk) is left out there. Run ``YourMachine.TestCase`` under pytest.
+    Subclass it and override `make_disk` to test a disk of your own; what only a `FaultDisk` can do
+    (kills, power cuts, failing syncs, a full disk) is left out there. Run ``YourMachine.TestCase``
+    under pytest.
 
     Attributes
     ----------
@@ -135,7 +137,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.store.spaces)
     @rule(fetches=st.lists(st.tuples(_seeds, _pages), min_size=1, max_size=4))
     def read_in_epoch(self, fetches: list[tuple[int, set[int]]]) -> None:
-        """Frames seen mapped keep their bytes to the end of the epoch, whatever is evicted for others."""
+        """Frames seen mapped keep their bytes to the end of the epoch, whatever is evicted."""
         with self.store.epoch():
             seen = {}
             for space in self.store.spaces:
@@ -158,7 +160,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: isinstance(self.disk, FaultDisk))
     @rule(n_changes=st.integers(0, 40), meta=_metas)
     def kill_in_commit(self, n_changes: int, meta: dict[str, Any] | None) -> None:
-        """The process dies, the machine runs on: files keep what was written, synced or not."""
+        """Let the process die and the machine run on: files keep what was written."""
         states = self._commit_cut_short(n_changes, meta)
         assert isinstance(self.disk, FaultDisk)
         self.disk.power_off()
@@ -178,7 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
     def fail_a_sync(self, at: int, meta: dict[str, Any] | None) -> None:
         states = [self.model.committed, self._state_after(meta)]
         assert isinstance(self.disk, FaultDisk)
-        self.disk.inject(Fault(at=at, kinds=("sync",)))
+        self.disk.inject(Fault(at, kinds=SYNC))
         with suppress(StorePoisonedError, StoreFullError):
             self.store.commit(meta=meta)
         self.disk.inject(None)
@@ -217,7 +219,7 @@ class StoreMachine(RuleBasedStateMachine):
         return state
 
     def _commit_cut_short(self, n_changes: int, meta: dict[str, Any] | None) -> list[State]:
-        """Cut a commit off, or let it end if it needs no more changes; return what may be found then."""
+        """Cut a commit off, unless it ends before; return what may be found then."""
         assert isinstance(self.disk, FaultDisk)
         states = [self.model.committed, self._state_after(meta)]
         self.disk.cut_after(n_changes)

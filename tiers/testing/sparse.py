@@ -1,4 +1,4 @@
-"""The bytes of one file, kept as immutable 4 KiB chunks, so that a copy of a file costs no copy of its bytes."""
+"""The bytes of one file, in immutable 4 KiB chunks that copies of the file share."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SparseBytes:
         if size_bytes < self.size_bytes:
             last, kept = divmod(size_bytes, CHUNK_BYTES)
             for number in [
-                number for number in self._chunks if number > last or not kept and number == last
+                number for number in self._chunks if number > last or (not kept and number == last)
             ]:
                 del self._chunks[number]
             if kept and last in self._chunks:

@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tiers.errors import BudgetError, StorePoisonedError
 from tiers.pager import budget_min
-from tiers.space import Constant, SpaceSpec, Uniform
+from tiers.space import Constant, Space, SpaceSpec, Uniform
 from tiers.store import Store
-from tiers.testing.fault_disk import Fault, FaultDisk, PowerCut
+from tiers.testing.fault_disk import Fault, FaultDisk, Kind, PowerCut
 from tiers.testing.log import Log, Mark
 from tiers.testing.model import Model, State
 
 PATH = Path("/machine/store")
+SYNC: tuple[Kind, ...] = ("sync",)
 SPACES_MAX = 3
+PAGES_A_CLAIM = 12
 EXTRA_FRAMES = 0
 PAGE_TABLES_BYTES = 2048
-DEEP_PAGES = 300
-"""More than the 256 children of one map node, so that the tree of the space has two levels."""
+DEEP_PAGES = 25600
+"""A tree of two levels with more nodes than the least cache holds: they are written early."""
+DEEP_BUDGET_BYTES = 7 << 20
 
 
 def tight_budget_bytes(page_bytes: int, extra_frames: int = EXTRA_FRAMES) -> int:
@@ -63,7 +67,7 @@ class Recording:
     states: list[State]
 
     def allowed(self, k: int) -> list[int] | None:
-        """Return which states a power cut after `k` operations may leave; None while creation is unfinished."""
+        """Return which states a cut after `k` operations may leave; None before creation."""
         allowed: list[int] | None = None
         for operation in self.log.operations[:k]:
             match operation:
@@ -78,8 +82,8 @@ class Recording:
 def record(seed: int, *, n_transactions: int = 12, page_bytes: int = 4096) -> Recording:
     """Run random transactions and return what they left in the log.
 
-    Several spaces, more pages than frames, aborts, reopenings, and processes killed in the middle of a commit while
-    the machine runs on.
+    Several spaces, more pages than frames, aborts, reopenings, and processes killed in the middle
+    of a commit while the machine runs on.
 
     Parameters
     ----------
@@ -96,7 +100,8 @@ class _Run:
         self.seed = seed
         self.rng = np.random.default_rng(seed)
         self.page_bytes = page_bytes
-        self.budget_bytes = tight_budget_bytes(page_bytes)
+        self.is_deep = seed % 4 == 1
+        self.budget_bytes = DEEP_BUDGET_BYTES if self.is_deep else tight_budget_bytes(page_bytes)
         self.disk = FaultDisk()
         self.disk.make_directory(PATH.parent)
         self.disk.sync_directory(Path("/"))
@@ -110,14 +115,14 @@ class _Run:
         self.disk.mark(Holds(0))
         self.create_space()
         for _ in range(n_transactions):
-            for _ in range(self.rng.integers(1, 5)):
+            for _ in range(self.rng.integers(1, 8 if self.is_deep else 5)):
                 self.change()
             self.end()
         self.store.close()
         return Recording(self.seed, self.page_bytes, self.disk.log, self.states)
 
     def create(self) -> None:
-        """Create the store; the process may die while it does, and the next one takes over what it finds."""
+        """Create the store; the process may die meanwhile, and the next one takes over."""
         if self.rng.random() < 0.3:
             self.disk.cut_after(int(self.rng.integers(0, 24)))
         try:
@@ -140,10 +145,7 @@ class _Run:
             self.create_space()
             return
         space = self.store.spaces[self.rng.integers(len(self.store.spaces))]
-        count = int(self.rng.integers(1, min(self.store.n_frames, space.n_pages) + 1))
-        pages = np.sort(self.rng.choice(min(space.n_pages, 40), count, replace=False)).astype(
-            np.int64
-        )
+        pages = self.some_pages(space)
         with self.store.claim([(space, pages)], write=action == "write") as claim:
             for page, frame in zip(pages.tolist(), claim.frames[0].tolist(), strict=True):
                 assert self.store.arena[frame].tobytes() == self.model.read(space.name, page)
@@ -152,15 +154,22 @@ class _Run:
                     self.store.arena[frame] = np.frombuffer(content, np.uint8)
                     self.model.write(space.name, page, content)
 
+    def some_pages(self, space: Space) -> npt.NDArray[np.int64]:
+        """Choose pages out of few, so that they are written again; of a deep space far apart."""
+        n_candidates, stride, most = space.n_pages, 1, PAGES_A_CLAIM
+        if space.n_pages == DEEP_PAGES:
+            n_candidates, stride, most = 100, DEEP_PAGES // 100, 60
+        count = int(self.rng.integers(1, min(self.store.n_frames, n_candidates, most) + 1))
+        chosen = self.rng.choice(n_candidates, count, replace=False) * stride
+        return np.sort(chosen).astype(np.int64)
+
     def create_space(self) -> None:
         number = len(self.model.current.specs)
         spec = SpaceSpec(
             name=f"space {number}",
             dtype="float32",
             row_width=3,
-            n_rows=self.page_bytes
-            // 12
-            * (16, DEEP_PAGES if self.seed % 4 == 1 else 24, 9)[number],
+            n_rows=self.page_bytes // 12 * (16, DEEP_PAGES if self.is_deep else 24, 9)[number],
             initial=(Uniform(-1.0, 1.0, seed=self.seed), Constant(2.5), Constant())[number],
         )
         try:
@@ -192,7 +201,7 @@ class _Run:
             self.disk.power_off()
             self.reopen()
         else:
-            self.disk.inject(Fault(at=int(self.rng.integers(1, 3)), kinds=("sync",)))
+            self.disk.inject(Fault(int(self.rng.integers(1, 3)), kinds=SYNC))
             with suppress(StorePoisonedError):
                 self.commit(self.meta())
             self.disk.inject(None)
