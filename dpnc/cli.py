@@ -136,8 +136,8 @@ def fit(
     log2_hashmap_size: Annotated[int, typer.Option(min=1, help="Most rows of a level, log2.")] = 19,
     learning_rate: Annotated[float, typer.Option(help="Step size of Adam.")] = 1e-2,
     hidden: Annotated[int, typer.Option(min=1, help="Width of the head's hidden layer.")] = 32,
-    tile: Annotated[int, typer.Option(min=1, help="Edge of a tile in pixels.")] = 64,
-    tiles_per_step: Annotated[int, typer.Option(min=1, help="Tiles of a step.")] = 4,
+    tile: Annotated[int, typer.Option(min=1, help="Edge of a tile in pixels.")] = 32,
+    tiles_per_step: Annotated[int, typer.Option(min=1, help="Tiles of a step.")] = 16,
     threads: Threads = None,
     json_only: Json = False,
 ) -> None:
@@ -173,7 +173,7 @@ def fit(
                 dtype=dtype.value,
                 budget=budget,
                 optimizer=dpnc.Adam(learning_rate),
-                head=dpnc.Head(n_outputs=3, n_hidden=hidden),
+                head=dpnc.Head(n_outputs=3, n_hidden=hidden, output_activation="sigmoid"),
                 seed=seed,
                 threads=threads,
             )
@@ -419,8 +419,9 @@ def print_description(document: dict[str, Any]) -> None:
         f"{document['updates']} updates",
         highlight=False,
     )
-    if meta:
-        console.print(f"last commit: {escape(json.dumps(meta))}", highlight=False, soft_wrap=True)
+    plain = [f"{name} {value}" for name, value in meta.items() if not isinstance(value, dict)]
+    if plain:
+        console.print(f"last commit: {escape(', '.join(plain))}", highlight=False, soft_wrap=True)
     table = Table("level", "resolution", "rows", "kind", box=SIMPLE_HEAD)
     for index, level in enumerate(document["levels"]):
         table.add_row(str(index), f"{level['resolution']:,}", f"{level['rows']:,}", level["kind"])

@@ -54,8 +54,8 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     seed: int = 0
-    tile_edge: int = 64
-    tiles_per_step: int = 4
+    tile_edge: int = 32
+    tiles_per_step: int = 16
 
     def __post_init__(self) -> None:
         if self.seed < 0:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-SIDE_PIXELS = 360
+SIDE_PIXELS = 300
 GAP_PIXELS = 12
 CAPTION_PIXELS = 26
 ERROR_GAIN = 8.0
@@ -28,6 +28,7 @@ def save_panel(
     original: NDArray[np.float32],
     drawn: NDArray[np.float32],
     resident: NDArray[np.bool_],
+    frame: tuple[float, float, float, float],
 ) -> None:
     """Write the four pictures side by side as a PNG.
 
@@ -38,7 +39,9 @@ def save_panel(
     original, drawn : ndarray of float32, shape (height, width, 3)
         In [0, 1]; what was drawn is clipped.
     resident : ndarray of bool, two dimensions
-        Whether all pages a place needs were in memory.
+        Whether all pages a place needs were in memory after the frame was drawn.
+    frame : tuple of float
+        ``(x0, y0, x1, y1)`` in the unit square, outlined in the last picture.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -48,12 +51,11 @@ def save_panel(
         Image.fromarray(resident).resize(brightness.shape[::-1], Image.Resampling.NEAREST)
     )
     tinted = np.where(in_memory[..., None], np.array(IN_MEMORY), np.array(ON_DISK))
-    share = float(resident.mean())
     pictures = (
         ("original", original),
         ("drawn from the store", drawn),
         (f"error x {ERROR_GAIN:.0f}", np.repeat(error * ERROR_GAIN, 3, axis=2)),
-        (f"green: pages in memory ({share:.0%})", tinted * brightness[..., None]),
+        ("green: in memory after the frame", tinted * brightness[..., None]),
     )
     height, width, _ = original.shape
     shrink = SIDE_PIXELS / max(height, width)
@@ -64,7 +66,7 @@ def save_panel(
         (pitch * len(pictures) + GAP_PIXELS, size[1] + CAPTION_PIXELS + 2 * GAP_PIXELS),
         PAPER,
     )
-    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(15)
+    pen, font = ImageDraw.Draw(panel), ImageFont.load_default(14)
     for index, (caption, pixels) in enumerate(pictures):
         left = GAP_PIXELS + index * pitch
         pen.text((left, GAP_PIXELS - 4), caption, fill=INK, font=font)
@@ -72,5 +74,8 @@ def save_panel(
         panel.paste(
             thumbnail.resize(size, Image.Resampling.LANCZOS), (left, GAP_PIXELS + CAPTION_PIXELS)
         )
+    x0, y0, x1, y1 = (round(part * side) for part, side in zip(frame, (*size, *size), strict=True))
+    left, top = GAP_PIXELS + (len(pictures) - 1) * pitch, GAP_PIXELS + CAPTION_PIXELS
+    pen.rectangle((left + x0, top + y0, left + x1, top + y1), outline=INK, width=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     panel.save(path, optimize=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpnc import Adam, HashGrid, Head
 
 MIB = 1 << 20
-STEPS_FULL = 360
+STEPS_FULL = 450
 
 
 class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -47,25 +47,29 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         DRAM of the run in which everything fits memory.
     doomed_steps : int
         Steps the killed process reports before it is killed.
+    frame : tuple of float
+        The part of the picture, x0, y0, x1, y1, that is drawn last, before the map of resident
+        pages is taken.
     """
 
     image: str | None = None
     steps: int = STEPS_FULL
     n_levels: int = 12
     n_features_per_level: int = 4
-    log2_hashmap_size: int = 19
+    log2_hashmap_size: int = 21
     base_resolution: int = 16
     per_level_scale: float = 1.5
     dtype: Literal["float16", "float32"] = "float16"
     n_hidden: int = 32
     learning_rate: float = 1e-2
-    tile_edge: int = 64
-    tiles_per_step: int = 4
+    tile_edge: int = 32
+    tiles_per_step: int = 16
     seed: int = 0
-    budget_bytes: int = 16 * MIB
-    serve_budget_bytes: int = 3 * MIB
-    memory_budget_bytes: int = 192 * MIB
+    budget_bytes: int = 32 * MIB
+    serve_budget_bytes: int = 6 * MIB
+    memory_budget_bytes: int = 256 * MIB
     doomed_steps: int = 3
+    frame: tuple[float, float, float, float] = (0.05, 0.34, 0.29, 0.58)
 
     @classmethod
     def of(cls, image: Path | None = None, steps: int | None = None) -> Plan:
@@ -100,7 +104,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     def head(self) -> Head:
         import dpnc
 
-        return dpnc.Head(n_outputs=3, n_hidden=self.n_hidden)
+        return dpnc.Head(n_outputs=3, n_hidden=self.n_hidden, output_activation="sigmoid")
 
     def pixels(self) -> NDArray[np.float32]:
         """Return the picture, float32 (height, width, 3) in [0, 1].

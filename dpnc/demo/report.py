@@ -138,7 +138,7 @@ def judged(report: Report) -> Report:
         ),
         Promise(
             "budget at most a quarter of them",
-            share <= BUDGET_SHARE_MAX if is_full or is_large else None,
+            share <= BUDGET_SHARE_MAX if is_full else None,
             f"{share:.0%}",
         ),
         Promise(

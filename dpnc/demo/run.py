@@ -195,7 +195,7 @@ def run_demo(plan: Plan, out: Path, progress: Progress) -> Report:
         drawn = np.load(stage.picture("disk"))
         drawn_in_memory = np.load(stage.picture("memory"))
         resident = np.load(stage.resident_map)
-    save_panel(out / "demo.png", original, drawn, resident)
+    save_panel(out / "demo.png", original, drawn, resident, plan.frame)
     stats, stored = fitted["stats"], fitted["stats"]["stored_bytes"]
     report = judged(
         Report(

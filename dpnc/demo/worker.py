@@ -169,6 +169,8 @@ def run_serve(task: Task) -> None:
         draw(field, height, width, pixels, ticker.tick)
         stats = field.stats()
         above_baseline_bytes = resident.above_baseline_bytes
+        for _ in render_blocks(field, height // 2, width // 2, plan.frame):
+            continue
         resident_map = map_resident(field, height, width)
     np.save(task.picture, pixels)
     np.save(task.resident_map, resident_map)
