@@ -85,6 +85,9 @@ def demo(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps of the fit; fewer are quicker and rougher.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with other sizes, like configs/demo.toml.")
+    ] = None,
     json_only: Json = False,
 ) -> None:
     """Fit a picture on disk, kill a process that updates it, and show that nothing was lost.
@@ -96,7 +99,7 @@ def demo(
     with guarded(), progress_bar() as progress:
         from dpnc.demo import Plan, report_tables, run_demo
 
-        plan = Plan.of(image=image, steps=steps)
+        plan = Plan.of(image=image, steps=steps, config=config)
         report = run_demo(plan, out, progress)
     if json_only:
         print_json(report)

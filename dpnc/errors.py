@@ -29,5 +29,9 @@ class FieldFormatError(FieldError):
     """The store is sound, but what it says of its field cannot be read by this version."""
 
 
+class ConfigError(FieldError, ValueError):
+    """A configuration file cannot be read, or has a key or a value that is not known."""
+
+
 class ImageError(FieldError, ValueError):
     """A picture cannot be read, or a region of it does not exist."""

@@ -61,8 +61,8 @@ class FeatureReader:
         """Return the pages that checked points need, ascending."""
         return self._pages(x, self._table)
 
-    def resident(self, x: Points) -> npt.NDArray[np.bool_]:
-        """Return for each point whether every page it needs is in DRAM now."""
+    def residency(self, x: Points) -> npt.NDArray[np.float32]:
+        """Return for each point the share of its lookups whose page is in DRAM now."""
         from dpnc.kernels.residency import count_absent
 
         absent = np.zeros(len(x), np.int32)
@@ -82,7 +82,8 @@ class FeatureReader:
                     b,
                 ),
             )
-        return np.asarray(absent == 0)
+        n_lookups = table.n_levels << table.n_dims
+        return np.asarray((n_lookups - absent) / np.float32(n_lookups), np.float32)
 
     def workspace_bytes(self, n_points: int) -> int:
         """Return the most bytes that `read` allocates for a batch, apart from `out`."""

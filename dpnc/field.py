@@ -170,10 +170,20 @@ class Field:
         points = checked_points(x, self.encoding.n_dims).copy()
         return self._look_ahead.announce(lambda: self._reader.pages(points))
 
-    def resident(self, x: Points) -> npt.NDArray[np.bool_]:
-        """Return for each point, bool (n,), whether all pages it needs are in DRAM now."""
+    def residency(self, x: Points) -> Features:
+        """Return for each point the share of its lookups whose page is in DRAM now.
+
+        Parameters
+        ----------
+        x : float32 or float64 (n, n_dims)
+
+        Returns
+        -------
+        float32 (n,)
+            1 where a query would miss nothing.
+        """
         self.store.require_usable()
-        return self._reader.resident(checked_points(x, self.encoding.n_dims))
+        return self._reader.residency(checked_points(x, self.encoding.n_dims))
 
     # Writing
 

@@ -58,7 +58,7 @@ def warm_field(
                     if optimizer is not None:
                         field.update(x, decoded, wrt="decoded")
             field.prefetch(points).wait()
-            field.resident(points)
+            field.residency(points)
             field.commit(meta={})
             field.digest()
             field.verify()

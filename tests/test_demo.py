@@ -2,6 +2,8 @@
 
 import io
 import json
+import tomllib
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,6 +16,7 @@ from dpnc.demo import Plan, Report
 from dpnc.demo.panel import save_panel
 from dpnc.demo.report import judged, report_tables
 from dpnc.demo.resident import ResidentPeak
+from dpnc.errors import ConfigError
 from dpnc.image import load
 
 MIB = 1 << 20
@@ -137,6 +140,25 @@ def test_a_short_run_does_not_judge_the_picture():
     assert None in {promise.held for promise in report.promises}
 
 
+def test_the_config_of_the_repository_says_what_the_default_is():
+    path = Path(__file__).parent.parent / "configs" / "demo.toml"
+    assert Plan.load(path) == Plan()
+    keys = set(tomllib.loads(path.read_text()))
+    assert keys == {field.name for field in msgspec.structs.fields(Plan)} - {"image"}
+
+
+def test_a_config_is_refused_by_name(tmp_path):
+    path = tmp_path / "plan.toml"
+    for text, named in (("stepz = 3", "stepz"), ("steps = 'x'", "steps"), ("steps =", "plan.toml")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=named):
+            Plan.of(config=path)
+    with pytest.raises(ConfigError, match="missing.toml"):
+        Plan.of(config=tmp_path / "missing.toml")
+    path.write_text("steps = 7\nn_levels = 3\n")
+    assert Plan.of(steps=9, config=path) == Plan(steps=9, n_levels=3)
+
+
 def test_a_plan_survives_the_way_to_another_process():
     plan = Plan.of(steps=3)
     assert msgspec.json.decode(msgspec.json.encode(plan), type=Plan) == plan
@@ -156,8 +178,8 @@ def test_a_resident_peak_sees_memory_that_was_touched_and_given_back():
 @pytest.mark.parametrize("shape", [(40, 40), (30, 60), (60, 30)])
 def test_a_panel_shows_pictures_of_any_proportion(tmp_path, shape):
     original = np.zeros((*shape, 3), dtype=np.float32)
-    resident = np.ones((shape[0] // 4, shape[1] // 4), dtype=bool)
+    residency = np.ones((shape[0] // 4, shape[1] // 4), dtype=np.float32)
     save_panel(
-        tmp_path / "panel.png", original, original + np.float32(0.1), resident, (0, 0, 0.5, 0.5)
+        tmp_path / "panel.png", original, original + np.float32(0.1), residency, (0, 0, 0.5, 0.5)
     )
     assert load(tmp_path / "panel.png").shape[1] > 1000

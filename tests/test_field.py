@@ -262,12 +262,12 @@ def test_prefetch_brings_pages_in_so_that_the_query_misses_none(tmp_path: Path) 
         field.commit()
         expected = field.query(x)
     with dpnc.open(path, budget=AMPLE) as field:
-        assert not field.resident(x).any()
+        assert not field.residency(x).any()
         ahead = field.prefetch(x)
         assert ahead.wait(30)
         assert ahead.error is None
         assert ahead.n_fetched == ahead.n_pages > 0
-        assert field.resident(x).all()
+        assert (field.residency(x) == 1).all()
         assert np.array_equal(field.query(x), expected)
         reads = field.stats()["reads"]
         assert reads["misses"] == 0
@@ -334,7 +334,7 @@ def test_bad_points_are_refused_by_name_and_change_nothing(
         shared_field.query,
         shared_field.decode,
         shared_field.prefetch,
-        shared_field.resident,
+        shared_field.residency,
         lambda x: shared_field.update(x, np.zeros((len(x), width), np.float32)),
     ):
         with pytest.raises(PointsError, match=named):
@@ -485,7 +485,7 @@ def test_a_closed_field_says_so(tmp_path: Path) -> None:
     field.close()
     field.close()
     x = np.full((1, 2), 0.5)
-    for call in (field.query, field.decode, field.prefetch, field.resident):
+    for call in (field.query, field.decode, field.prefetch, field.residency):
         with pytest.raises(StoreClosedError):
             call(x)
     for ask in (field.stats, field.verify, field.digest, field.commit, field.abort):

@@ -122,7 +122,12 @@ def test_everything_at_once_for_a_while(tmp_path: Path) -> None:
         threads = [threading.Thread(target=guarded, args=(task,), daemon=True) for task in tasks]
         for thread in threads:
             thread.start()
-        stop.wait(SECONDS)
+        began = time.monotonic()
+        while not stop.wait(0.2):
+            # On a busy machine the writer may need longer until everything has happened once.
+            n_ended = min(store.stats()["commits"] - 1, store.stats()["aborts"] * 3)
+            if time.monotonic() > began + (SECONDS if n_ended > 2 else 8 * SECONDS):
+                break
         stop.set()
         deadline = time.monotonic() + 60
         for thread in threads:
@@ -132,7 +137,8 @@ def test_everything_at_once_for_a_while(tmp_path: Path) -> None:
         store.check()
         counts = store.stats()
         assert counts["tiers"]["dram"]["evictions"] > 0
-        assert counts["commits"] > 2
+        assert counts["commits"] > 3
+        assert counts["aborts"] > 0
         for page in range(N_PAGES):
             with store.claim([(space, np.array([page]))]) as claim:
                 assert read_stamp(store.arena[claim.frames[0][0]], page) == model.current[page]

@@ -27,7 +27,7 @@ def save_panel(
     path: Path,
     original: NDArray[np.float32],
     drawn: NDArray[np.float32],
-    resident: NDArray[np.bool_],
+    residency: NDArray[np.float32],
     frame: tuple[float, float, float, float],
 ) -> None:
     """Write the four pictures side by side as a PNG.
@@ -38,8 +38,8 @@ def save_panel(
         File to write.
     original, drawn : ndarray of float32, shape (height, width, 3)
         In [0, 1]; what was drawn is clipped.
-    resident : ndarray of bool, two dimensions
-        Whether all pages a place needs were in memory after the frame was drawn.
+    residency : ndarray of float32, two dimensions
+        Share of the lookups of a place whose page was in memory after the frame was drawn.
     frame : tuple of float
         ``(x0, y0, x1, y1)`` in the unit square, outlined in the last picture.
     """
@@ -47,15 +47,18 @@ def save_panel(
 
     error = np.abs(np.clip(drawn, 0.0, 1.0) - original).mean(axis=2, keepdims=True)
     brightness = 0.35 + 0.65 * np.clip(drawn, 0.0, 1.0).mean(axis=2)
-    in_memory = np.array(
-        Image.fromarray(resident).resize(brightness.shape[::-1], Image.Resampling.NEAREST)
-    )
-    tinted = np.where(in_memory[..., None], np.array(IN_MEMORY), np.array(ON_DISK))
+    # Coarse levels are always there; the scale begins where the picture is emptiest.
+    emptiest = residency.min(initial=1.0)
+    share = (residency - emptiest) / max(1.0 - emptiest, 1e-6)
+    share = np.array(
+        Image.fromarray(share).resize(brightness.shape[::-1], Image.Resampling.NEAREST)
+    )[..., None]
+    tinted = share * np.array(IN_MEMORY) + (1 - share) * np.array(ON_DISK)
     pictures = (
         ("original", original),
         ("drawn from the store", drawn),
         (f"error x {ERROR_GAIN:.0f}", np.repeat(error * ERROR_GAIN, 3, axis=2)),
-        ("green: in memory after the frame", tinted * brightness[..., None]),
+        ("green: its pages are in memory", tinted * brightness[..., None]),
     )
     height, width, _ = original.shape
     shrink = SIDE_PIXELS / max(height, width)

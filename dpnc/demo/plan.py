@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from dpnc.errors import ImageError
+from dpnc.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     steps: int = STEPS_FULL
     n_levels: int = 12
     n_features_per_level: int = 4
-    log2_hashmap_size: int = 21
+    log2_hashmap_size: int = 20
     base_resolution: int = 16
     per_level_scale: float = 1.5
     dtype: Literal["float16", "float32"] = "float16"
@@ -65,19 +65,37 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     tile_edge: int = 32
     tiles_per_step: int = 16
     seed: int = 0
-    budget_bytes: int = 32 * MIB
-    serve_budget_bytes: int = 6 * MIB
+    budget_bytes: int = 24 * MIB
+    serve_budget_bytes: int = 8 * MIB
     memory_budget_bytes: int = 256 * MIB
     doomed_steps: int = 3
-    frame: tuple[float, float, float, float] = (0.05, 0.34, 0.29, 0.58)
+    frame: tuple[float, float, float, float] = (0.09, 0.40, 0.25, 0.56)
 
     @classmethod
-    def of(cls, image: Path | None = None, steps: int | None = None) -> Plan:
-        """Return the plan for a picture and a number of steps, each the default if None."""
-        return cls(
-            image=None if image is None else str(image.absolute()),
-            steps=STEPS_FULL if steps is None else steps,
-        )
+    def of(
+        cls, image: Path | None = None, steps: int | None = None, config: Path | None = None
+    ) -> Plan:
+        """Return the plan in a TOML file, or the default one, for a picture and a number of steps.
+
+        Raises
+        ------
+        ConfigError
+            If the file cannot be read, or says something that a plan does not know.
+        """
+        plan = cls() if config is None else cls.load(config)
+        if image is not None:
+            plan = msgspec.structs.replace(plan, image=str(image.absolute()))
+        return plan if steps is None else msgspec.structs.replace(plan, steps=steps)
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Return the plan in a TOML file; keys that are left out keep their default."""
+        try:
+            return msgspec.toml.decode(path.read_bytes(), type=cls)
+        except OSError as refused:
+            raise ConfigError(f"{path} cannot be read: {refused.strerror}") from refused
+        except msgspec.DecodeError as refused:
+            raise ConfigError(f"{path}: {refused}") from refused
 
     @property
     def is_full(self) -> bool:

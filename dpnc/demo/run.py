@@ -54,8 +54,8 @@ class Stage:
         return self.directory / f"{store}.npy"
 
     @property
-    def resident_map(self) -> Path:
-        return self.directory / "resident.npy"
+    def residency(self) -> Path:
+        return self.directory / "residency.npy"
 
     def play(self, role: str, store: str, description: str) -> dict[str, Any]:
         """Run one role to its end; return what it measured."""
@@ -112,7 +112,7 @@ class Stage:
             "plan": self.plan,
             "store": str(self.directory / f"{store}.dpnc"),
             "picture": str(self.picture(store)),
-            "resident_map": str(self.resident_map),
+            "residency": str(self.residency),
         }
         with tempfile.TemporaryFile() as messages:
             process = subprocess.Popen(
@@ -194,8 +194,8 @@ def run_demo(plan: Plan, out: Path, progress: Progress) -> Report:
         memory = stage.play("memory", "memory", "fit again in memory")
         drawn = np.load(stage.picture("disk"))
         drawn_in_memory = np.load(stage.picture("memory"))
-        resident = np.load(stage.resident_map)
-    save_panel(out / "demo.png", original, drawn, resident, plan.frame)
+        residency = np.load(stage.residency)
+    save_panel(out / "demo.png", original, drawn, residency, plan.frame)
     stats, stored = fitted["stats"], fitted["stats"]["stored_bytes"]
     report = judged(
         Report(

@@ -47,15 +47,15 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Path of the store.
     picture : str
         Where a role that draws leaves the pixels, float32 in numpy's format.
-    resident_map : str
-        Where "serve" leaves the map of resident pages, bool in numpy's format.
+    residency : str
+        Where "serve" leaves the map of what is resident, float32 in numpy's format.
     """
 
     role: str
     plan: Plan
     store: str
     picture: str
-    resident_map: str
+    residency: str
 
 
 def tell(**event: Any) -> None:
@@ -171,9 +171,9 @@ def run_serve(task: Task) -> None:
         above_baseline_bytes = resident.above_baseline_bytes
         for _ in render_blocks(field, height // 2, width // 2, plan.frame):
             continue
-        resident_map = map_resident(field, height, width)
+        residency = map_residency(field, height, width)
     np.save(task.picture, pixels)
-    np.save(task.resident_map, resident_map)
+    np.save(task.residency, residency)
     tell(
         event="result",
         step=progress.step,
@@ -221,11 +221,11 @@ def draw(
     return pixels
 
 
-def map_resident(field: Field, height: int, width: int) -> NDArray[np.bool_]:
-    """Return, for every few pixels, whether all feature pages it needs are in memory now."""
+def map_residency(field: Field, height: int, width: int) -> NDArray[np.float32]:
+    """Return, for every few pixels, the share of its lookups whose page is in memory now."""
     map_height, map_width = -(-height // MAP_STRIDE), -(-width // MAP_STRIDE)
     points = pixel_centres(slice(0, map_height), slice(0, map_width), map_height, map_width)
-    return field.resident(points).reshape(map_height, map_width)
+    return field.residency(points).reshape(map_height, map_width)
 
 
 ROLES: dict[str, Callable[[Task], None]] = {
