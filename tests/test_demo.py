@@ -107,8 +107,8 @@ def test_a_good_report_holds():
     [
         {"state_bytes": 30 * MIB},
         {"plan": Plan(budget_bytes=40 * MIB)},
-        {"store_peak_bytes": 32 * MIB + 1},
-        {"serve_store_peak_bytes": 7 * MIB},
+        {"store_peak_bytes": 24 * MIB + 1},
+        {"serve_store_peak_bytes": 9 * MIB},
         {"process_peak_bytes": 57 * MIB},
         {"found_digest": "b"},
         {"found_step": 7},
