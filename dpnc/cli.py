@@ -307,7 +307,7 @@ def guarded() -> Iterator[None]:
         complain("refused", error)
         raise typer.Exit(EXIT_ERROR) from None
     except KeyboardInterrupt:
-        errors.print("interrupted; an open store is at its last commit")
+        errors.print("interrupted; what was committed is kept")
         raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
