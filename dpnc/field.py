@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +32,7 @@ INITIAL_FEATURE = 1e-4
 """Half width of the uniform initial features (Mueller et al. 2022, section 4)."""
 POINTS_PER_READ = 65536
 POINTS_PER_DECODE = 16384
+POINTS_PER_BACKWARD = 65536
 POINTS_PER_THREAD_MIN = 1024
 
 
@@ -70,9 +73,7 @@ class Field:
             raise FieldFormatError(
                 f"{store.path}: the field's record is unreadable: {refused!r}"
             ) from refused
-        n_threads = default_threads() if threads is None else threads
-        if n_threads < 1:
-            raise FieldError(f"threads must be at least 1, not {threads}")
+        n_threads = _checked_threads(threads)
         self._table = self.encoding.level_table()
         self._workers = Workers(n_threads)
         self._sharing = Sharing()
@@ -115,10 +116,9 @@ class Field:
         tiers.errors.CorruptionError
             If a page is not what was written.
         """
-        self.store.require_usable()
         x = checked_points(x, self.encoding.n_dims)
         out = np.empty((len(x), self.encoding.n_output_dims), np.float32)
-        with self._sharing.reading():
+        with self._reading():
             self._read(x, out)
         return out
 
@@ -140,11 +140,10 @@ class Field:
         PointsError
             If `x` is refused.
         """
-        self.store.require_usable()
         head, _ = self._need_head()
         x = checked_points(x, self.encoding.n_dims)
         out = np.empty((len(x), head.n_outputs), np.float32)
-        with self._sharing.reading():
+        with self._reading():
             params = self._head_params()
             for start in range(0, len(x), POINTS_PER_DECODE):
                 part = slice(start, start + POINTS_PER_DECODE)
@@ -166,9 +165,9 @@ class Field:
         Prefetch
             Its ``wait()`` returns when all that fits into half of the budget is there.
         """
-        self.store.require_usable()
         points = checked_points(x, self.encoding.n_dims).copy()
-        return self._look_ahead.announce(lambda: self._reader.pages(points))
+        with self._reading():
+            return self._look_ahead.announce(lambda: self._reader.pages(points))
 
     def residency(self, x: Points) -> Features:
         """Return for each point the share of its lookups whose page is in DRAM now.
@@ -182,8 +181,9 @@ class Field:
         float32 (n,)
             1 where a query would miss nothing.
         """
-        self.store.require_usable()
-        return self._reader.residency(checked_points(x, self.encoding.n_dims))
+        x = checked_points(x, self.encoding.n_dims)
+        with self._reading():
+            return self._reader.residency(x)
 
     # Writing
 
@@ -207,7 +207,6 @@ class Field:
         tiers.errors.TierError
             If a page could not be read or written half-way: `abort` returns to the last commit.
         """
-        self.store.require_usable()
         if self.optimizer is None:
             raise OptimizerError(f"{self.store.path} was created without an optimizer")
         if wrt not in ("features", "decoded"):
@@ -217,9 +216,9 @@ class Field:
             grad = checked_gradient(grad, len(x), self.encoding.n_output_dims)
         else:
             grad = checked_gradient(grad, len(x), self._need_head()[0].n_outputs)
-        if len(x) == 0:
-            return
         with self._sharing.writing(), self.store.write_section():
+            if len(x) == 0:
+                return
             requests = self._rows.requests_of_pages(self._reader.pages(x))
             head_grad = None
             if wrt == "decoded":
@@ -245,7 +244,7 @@ class Field:
         int
             Number of the commit.
         """
-        with self._sharing.reading():
+        with self._reading():
             field = self.store.attributes["field"]
             changed = field["updates"] != self.updates
             attributes = {"field": {**field, "updates": self.updates}} if changed else None
@@ -284,7 +283,7 @@ class Field:
     def digest(self) -> str:
         """Return SHA-256 over all rows of all spaces, hexadecimal; equal for equal contents."""
         digest = hashlib.sha256()
-        with self._sharing.reading():
+        with self._reading():
             for space in sorted(self.store.spaces, key=lambda space: space.name):
                 digest.update(space.name.encode())
                 for page in range(space.n_pages):
@@ -295,11 +294,13 @@ class Field:
         return digest.hexdigest()
 
     def close(self) -> None:
-        """Close the field and its store; what was not committed is lost."""
-        if not self.store.forked:
+        """Close the field and its store, after the calls that run; what is uncommitted is lost."""
+        if self.store.forked:
+            return
+        with self._sharing.writing():
             self._look_ahead.close()
             self._workers.close()
-        self.store.close()
+            self.store.close()
 
     def __enter__(self) -> Field:
         return self
@@ -314,6 +315,15 @@ class Field:
         )
 
     # Inside
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Hold off updates; refuse what a failed update left half-way."""
+        self.store.require_usable()
+        with self._sharing.reading():
+            self.store.require_usable()
+            self.store.require_whole()
+            yield
 
     def _need_head(self) -> tuple[Head, TrainedRows]:
         if self.head is None or self._head_rows is None:
@@ -347,19 +357,30 @@ class Field:
         self._workers.over_ranges(len(features), POINTS_PER_THREAD_MIN, piece)
 
     def _backward_through_head(self, x: Points, grad: Features) -> tuple[Features, Features]:
-        head, _ = self._need_head()
+        """Return the gradient by features, and by the head's parameters."""
+        grad_features = np.empty((len(x), self.encoding.n_output_dims), np.float32)
         params = self._head_params()
-        features = np.empty((len(x), self.encoding.n_output_dims), np.float32)
+        head_grad = np.zeros_like(params)
+        # Parts of fixed size, in their order: the bits of the sum depend on nothing else.
+        for start in range(0, len(x), POINTS_PER_BACKWARD):
+            part = slice(start, start + POINTS_PER_BACKWARD)
+            head_grad += self._backward_part(x[part], grad[part], params, grad_features[part])
+        return grad_features, head_grad
+
+    def _backward_part(
+        self, x: Points, grad: Features, params: Features, grad_features: Features
+    ) -> Features:
+        head, _ = self._need_head()
+        features = np.empty(grad_features.shape, np.float32)
         self._read(x, features)
-        grad_features = np.empty_like(features)
         block_grads = np.empty((n_blocks(len(x)), len(params)), np.float32)
-        self._note_workspace(2 * features.nbytes + block_grads.nbytes)
+        self._note_workspace(features.nbytes + block_grads.nbytes)
 
         def blocks(first: int, last: int) -> None:
             decode_backward(head, params, features, grad, grad_features, block_grads, first, last)
 
         self._workers.over_ranges(len(block_grads), 1, blocks)
-        return grad_features, sum_partial(block_grads)
+        return sum_partial(block_grads)
 
     def _step_head(self, grad: Features) -> None:
         _, rows = self._need_head()
@@ -379,7 +400,7 @@ class Field:
         sums = np.empty((len(scratches), capacity, n_features), np.float32)
         scratch_bytes = sum(scratch.size_bytes for scratch in scratches)
         # A gather needs its outputs; a step needs the page numbers of its rows beside them.
-        self._note_workspace(scratch_bytes + 4 * rows.nbytes + sums.nbytes + 2 * grad.nbytes)
+        self._note_workspace(scratch_bytes + 4 * rows.nbytes + sums.nbytes + grad.nbytes)
         for first in range(0, n_levels, len(scratches)):
             levels = range(first, min(first + len(scratches), n_levels))
             counts = [0] * len(levels)
@@ -453,10 +474,13 @@ def create(
         raise FieldError(f"encoding must be a HashGrid, not {type(encoding).__name__}")
     if dtype not in ("float16", "float32"):
         raise FieldError(f"dtype must be 'float16' or 'float32', not {dtype!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+    if optimizer is not None and not isinstance(optimizer, (Adam, SGD)):
+        raise FieldError(f"optimizer must be Adam, SGD or None, not {optimizer!r}")
+    if head is not None and not isinstance(head, Head):
+        raise FieldError(f"head must be a Head or None, not {head!r}")
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise FieldError(f"seed must be an integer in 0 .. 2^63 - 1, not {seed!r}")
-    if threads is not None and threads < 1:
-        raise FieldError(f"threads must be at least 1, not {threads}")
+    _checked_threads(threads)
     record = {
         "format": FIELD_FORMAT,
         "encoding": encoding.to_dict(),
@@ -522,6 +546,14 @@ def open(  # noqa: A001 - `dpnc.open` is the name users look for
     except BaseException:
         store.close()
         raise
+
+
+def _checked_threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    if type(threads) is not int or threads < 1:
+        raise FieldError(f"threads must be an integer of at least 1, not {threads!r}")
+    return threads
 
 
 def _spaces(

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prefetch import Plan
-from tiers import Space, Store, TierError
+from tiers import Space, Store
 
 Indices = npt.NDArray[np.int64]
 
@@ -102,7 +102,7 @@ class LookAhead:
                 prefetch, pages = self._waiting.popleft()
             try:
                 self._bring_in(prefetch, pages)
-            except TierError as failure:
+            except Exception as failure:  # a hint may fail; the thread goes on with the next
                 prefetch.error = failure
                 self.n_failed += 1
             finally:

@@ -33,6 +33,7 @@ def checked_points(x: Points, n_dims: int) -> Points:
     """
     if not isinstance(x, np.ndarray):
         raise PointsError(f"points must be a numpy array, not {type(x).__name__}")
+    x = np.asarray(x)  # a subclass may hide elements from the checks below
     if x.dtype not in (np.float32, np.float64):
         raise PointsError(f"points must be float32 or float64, not {x.dtype}")
     if x.ndim != 2 or x.shape[1] != n_dims:
@@ -55,6 +56,7 @@ def checked_gradient(grad: Points, n_points: int, width: int) -> npt.NDArray[np.
     """
     if not isinstance(grad, np.ndarray):
         raise PointsError(f"a gradient must be a numpy array, not {type(grad).__name__}")
+    grad = np.asarray(grad)
     if grad.dtype != np.float32:
         raise PointsError(f"a gradient must be float32, not {grad.dtype}")
     if grad.shape != (n_points, width):

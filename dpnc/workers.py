@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 
+from tiers.jobs import run_all
+
 
 def default_threads() -> int:
     """Return how many processors this process may use."""
@@ -52,11 +54,7 @@ class Workers:
         """
         if self._pool is None or len(calls) == 1:
             return sum(call() or 0 for call in calls)
-        jobs = [self._pool.submit(call) for call in calls]
-        failures = [failure for job in jobs if (failure := job.exception()) is not None]
-        if failures:
-            raise failures[0]
-        return sum(job.result() or 0 for job in jobs)
+        return sum(count or 0 for count in run_all(self._pool, calls))
 
     def close(self) -> None:
         if self._pool is not None:

@@ -115,10 +115,17 @@ class ModelClock:
         ),
         max_size=12,
     ),
+    step=st.integers(1, 14),
 )
 def test_clock_chooses_what_a_hand_that_steps_chooses(
-    n_frames: int, rounds: list[tuple[list[int], int, int]]
+    n_frames: int, rounds: list[tuple[list[int], int, int]], step: int
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiers.policies.clock.STEP_FRAMES", step)
+        compare_clocks(n_frames, rounds)
+
+
+def compare_clocks(n_frames: int, rounds: list[tuple[list[int], int, int]]) -> None:
     clock, model = Clock(n_frames), ModelClock(n_frames)
     for accessed, count, pinned in rounds:
         frames = np.unique([frame % n_frames for frame in accessed]).astype(np.int64)
@@ -126,7 +133,8 @@ def test_clock_chooses_what_a_hand_that_steps_chooses(
         for frame in frames:
             model.touched[frame] = True
         evictable = [not pinned >> frame & 1 for frame in range(n_frames)]
-        chosen = clock.victims(count, np.array(evictable))
+        can_go = np.array(evictable)
+        chosen = clock.victims(count, lambda frames, can_go=can_go: can_go[frames])
         assert chosen.tolist() == model.victims(count, evictable)
         assert clock.touched.astype(bool).tolist() == model.touched
 

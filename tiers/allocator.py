@@ -120,10 +120,11 @@ class Allocator:
         taken = []
         left = count
         n_bitmaps = len(self._free_slots)
+        first = self._cursor
         for step in range(n_bitmaps):
             if left == 0:
                 break
-            number = (self._cursor + step) % n_bitmaps
+            number = (first + step) % n_bitmaps
             if self._free_slots[number] == 0:
                 continue
             bitmap = self._tree.private_bitmap(number)
@@ -141,7 +142,8 @@ class Allocator:
 
     def take_block(self) -> int:
         """Take one block for a map node."""
-        if not self.spare:
+        # Making a bitmap private takes a block too, so one refill may leave nothing behind.
+        while not self.spare:
             self._refill()
         return self.spare.pop()
 
@@ -154,7 +156,7 @@ class Allocator:
     def settle(self) -> None:
         """Write pending frees and unused spares into the bitmaps; a commit is past return then."""
         for block in self.spare:
-            self._clear(block, 1)
+            self.pending_free.append((block, 1))
         self.spare.clear()
         for block, n_blocks in self.pending_free:
             self._clear(block, n_blocks)
@@ -214,7 +216,7 @@ class Allocator:
         if bitmap is None:
             bits = np.zeros(BITMAP_BLOCKS, np.uint8)
         else:
-            bits = np.unpackbits(bitmap, bitorder="little")
+            bits = np.unpackbits(bitmap[: BITMAP_BLOCKS // 8], bitorder="little")
         end = self.file_blocks - number * BITMAP_BLOCKS
         if end < BITMAP_BLOCKS:
             bits[max(0, end) :] = 1
@@ -224,7 +226,7 @@ class Allocator:
         flat = bits.reshape(-1)
         # Blocks beyond the end only look used; the file may grow over them.
         flat[max(0, self.file_blocks - number * BITMAP_BLOCKS) :] = 0
-        bitmap[:] = np.packbits(flat, bitorder="little")
+        bitmap[: BITMAP_BLOCKS // 8] = np.packbits(flat, bitorder="little")
 
     def _round_up(self, blocks: int) -> int:
         return -(-blocks // self.blocks_per_slot) * self.blocks_per_slot

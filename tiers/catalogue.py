@@ -6,6 +6,7 @@ One JSON document, cut into 4 KiB objects of the tree CATALOGUE; its length is i
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiers.errors import CorruptionError, TierError
 from tiers.space import SpaceSpec
 
 CATALOGUE_BYTES_MAX = 1 << 20
+DEPTH_MAX = 64
 
 
 class MetaError(TierError, ValueError):
@@ -45,18 +47,19 @@ class Catalogue:
         MetaError
             If something in it is no JSON, or it is longer than 1 MiB.
         """
-        try:
-            content = json.dumps(
-                {
-                    "spaces": {str(number): spec.to_dict() for number, spec in self.spaces.items()},
-                    "attributes": self.attributes,
-                    "meta": self.meta,
-                },
-                allow_nan=False,
-                separators=(",", ":"),
-            ).encode()
-        except (TypeError, ValueError) as refused:
-            raise MetaError(f"meta and attributes must be JSON documents: {refused}") from refused
+        for name in ("attributes", "meta"):
+            if not isinstance(getattr(self, name), dict):
+                raise MetaError(f"{name} must be a dict, not {getattr(self, name)!r}")
+            _require_plain(name, getattr(self, name), depth=0)
+        content = json.dumps(
+            {
+                "spaces": {str(number): spec.to_dict() for number, spec in self.spaces.items()},
+                "attributes": self.attributes,
+                "meta": self.meta,
+            },
+            allow_nan=False,
+            separators=(",", ":"),
+        ).encode()
         if len(content) > CATALOGUE_BYTES_MAX:
             raise MetaError(
                 f"the catalogue with its meta has {len(content)} bytes of {CATALOGUE_BYTES_MAX}"
@@ -81,3 +84,22 @@ class Catalogue:
             return cls(spaces, dict(document["attributes"]), dict(document["meta"]))
         except (KeyError, TypeError, ValueError) as broken:
             raise CorruptionError(f"the catalogue cannot be read: {broken!r}") from broken
+
+
+def _require_plain(where: str, value: Any, depth: int) -> None:
+    """Raise unless `value` comes back from JSON as it is, but for tuples, which become lists."""
+    if depth > DEPTH_MAX:
+        raise MetaError(f"{where} is nested deeper than {DEPTH_MAX}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise MetaError(f"{where} has a key that is no string: {key!r}")
+            _require_plain(f"{where}.{key}" if depth < 3 else where, item, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _require_plain(where, item, depth + 1)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise MetaError(f"{where} holds {value!r}, which JSON does not know")
+    elif value is not None and not isinstance(value, (str, int, bool)):
+        raise MetaError(f"{where} holds {value!r}, which JSON does not know")

@@ -6,7 +6,15 @@ import numpy as np
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
 from tiers.errors import CorruptionError
-from tiers.page_map import ABSENT_WORD, FANOUT_BITS, FIRST_SPACE, SPACES, Words, unpack_entry
+from tiers.page_map import (
+    ABSENT_WORD,
+    FANOUT_BITS,
+    FIRST_SPACE,
+    SPACES,
+    Node,
+    Words,
+    unpack_entry,
+)
 from tiers.pager import Pager
 from tiers.root import Root
 from tiers.space import Space
@@ -68,7 +76,7 @@ class _Walk:
             bitmap = self._map.bitmap(number)
             if bitmap is not None:
                 used[number * BITMAP_BLOCKS : (number + 1) * BITMAP_BLOCKS] = np.unpackbits(
-                    bitmap, bitorder="little"
+                    bitmap[: BITMAP_BLOCKS // 8], bitorder="little"
                 )
         assert used[self._reached].all(), "a block in use is marked free"
         waiting = np.zeros_like(used)
@@ -96,10 +104,7 @@ class _Walk:
         self._walk_node(tree, self._map.depth(tree), 0)
 
     def _walk_node(self, tree: int, level: int, index: int) -> None:
-        node = self._map._get(tree, level, index)
-        assert node is not None
-        self._reach(node.block, 1, f"map node (tree {tree}, level {level}, index {index})")
-        self._n_nodes += 1
+        node = self._read_node(tree, level, index)
         words = node.words.copy()
         present = np.flatnonzero(words[:, 0] != ABSENT_WORD)
         for position in present:
@@ -109,10 +114,21 @@ class _Walk:
             elif tree >= FIRST_SPACE:
                 self._read_page(tree - FIRST_SPACE, child, words[position])
             elif tree != SPACES:
-                assert self._map.read_object(tree, child) is not None
-                block = unpack_entry(int(words[position, 0]), int(words[position, 1]))[0]
-                self._reach(block, 1, f"object {child} of tree {tree}")
-                self._n_nodes += 1
+                self._read_node(tree, 0, child)
+
+    def _read_node(self, tree: int, level: int, index: int) -> Node:
+        """Return a node or object, from the cache, having read what the disk holds of it."""
+        node = self._map._get(tree, level, index)
+        assert node is not None
+        what = f"map node (tree {tree}, level {level}, index {index}) at block {node.block}"
+        self._reach(node.block, 1, what)
+        self._n_nodes += 1
+        if not node.dirty:
+            content = self._pager.scratch[:BLOCK_BYTES]
+            self._pager.slots.read_blocks([node.block], [content])
+            if not np.array_equal(content, node.raw):
+                raise CorruptionError(f"{what} is not what was written")
+        return node
 
     def _read_page(self, number: int, page: int, words: Words) -> None:
         pager = self._pager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tiers.condition import Condition
-from tiers.errors import NestedClaimError, TierError
+from tiers.errors import NestedClaimError
 from tiers.pager import Indices, Pager, Request
 
 
@@ -76,11 +76,9 @@ class Claims:
             raise NestedClaimError("a thread that holds a read claim or an epoch cannot write")
 
     def require_nothing_held(self) -> None:
-        """Raise if the calling thread holds anything: no transaction can end under it."""
+        """Raise if the calling thread holds anything: it would wait for itself, or worse."""
         if self._held.claims_and_epochs:
-            raise NestedClaimError(
-                "a thread that holds a claim or an epoch cannot end a transaction"
-            )
+            raise NestedClaimError("a thread that holds a claim or an epoch cannot do this")
 
     def take(
         self,
@@ -113,18 +111,12 @@ class Claims:
         with pager.mutex:
             self._n_demands_waiting += 1
         try:
-            with self._io:
+            with self._io, self._condition.guarding("a claim"):
                 self._condition.require_usable()
                 frames_of = self._bring_in(requests, reserve)
                 with pager.mutex:
                     pager.unpin(frames_of)
                     return self._grant(frames_of, reserve is not None, on_release)
-        except TierError:
-            raise
-        except BaseException as failure:
-            # An interrupt or a lack of memory may have struck between any two steps.
-            self._condition.poison = f"a claim was cut short by {failure!r}"
-            raise
         finally:
             with pager.mutex:
                 self._n_demands_waiting -= 1

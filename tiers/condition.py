@@ -12,6 +12,7 @@ from tiers.errors import (
     StoreForkedError,
     StorePoisonedError,
     StoreReadOnlyError,
+    TierError,
     TransactionBrokenError,
 )
 
@@ -62,6 +63,20 @@ class Condition:
         """Raise if an update was cut short."""
         if self.broken is not None:
             raise TransactionBrokenError(f"{self.broken}; abort() returns to the last commit")
+
+    @contextmanager
+    def guarding(self, action: str) -> Iterator[None]:
+        """Refuse everything after a failure that is not one of ours.
+
+        An interrupt or a lack of memory may have struck between any two steps.
+        """
+        try:
+            yield
+        except TierError:
+            raise
+        except BaseException as failure:
+            self.poison = f"{action} was cut short by {failure!r}"
+            raise
 
     @contextmanager
     def poisoning(self, action: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import StoreLockedError
+from tiers.jobs import run_all
 
 Bytes = npt.NDArray[np.uint8]
 Mode = Literal["read", "write", "create"]
@@ -64,7 +66,7 @@ class Disk(Protocol):
     def allocate(self, file: File, size_bytes: int) -> None: ...
     def sync(self, file: File) -> None: ...
     def truncate(self, file: File, size_bytes: int) -> None: ...
-    def lock(self, path: Path, *, exclusive: bool) -> File: ...
+    def lock(self, path: Path, *, exclusive: bool, signed: bool = True) -> File: ...
     def close(self, file: File) -> None: ...
     def rename(self, source: Path, target: Path) -> None: ...
     def unlink(self, path: Path) -> None: ...
@@ -172,8 +174,17 @@ class OsDisk:
     def truncate(self, file: File, size_bytes: int) -> None:
         os.ftruncate(_descriptor(file), size_bytes)
 
-    def lock(self, path: Path, *, exclusive: bool) -> OsFile:
-        """Lock a file against other processes and other opens of this one, making it if need be.
+    def lock(self, path: Path, *, exclusive: bool, signed: bool = True) -> OsFile:
+        """Lock a file against other processes and other opens of this one.
+
+        Parameters
+        ----------
+        path : Path
+        exclusive : bool
+            Or shared with others who share it.
+        signed : bool
+            An exclusive lock makes the file if need be and writes the process number into it;
+            unsigned it leaves the file alone.
 
         Raises
         ------
@@ -182,19 +193,22 @@ class OsDisk:
         """
         import fcntl
 
-        flags = os.O_CLOEXEC | (os.O_RDWR | os.O_CREAT if exclusive else os.O_RDONLY)
+        flags = os.O_CLOEXEC | (os.O_RDWR if exclusive else os.O_RDONLY)
+        if exclusive and signed:
+            flags |= os.O_CREAT
         descriptor = os.open(path, flags, 0o644)
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as refused:
-            holder = os.pread(descriptor, 64, 0).decode("ascii", "replace").strip() or "unknown"
+            note = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() if signed else ""
+            holder = note if note.isdigit() else "unknown"
             os.close(descriptor)
             if refused.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise StoreLockedError(
                 f"{path.parent} is open elsewhere (last writer: process {holder})"
             ) from None
-        if exclusive:
+        if exclusive and signed:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(os.getpid()).encode(), 0)
         return OsFile(path, descriptor, direct=False)
@@ -225,14 +239,10 @@ class OsDisk:
                 move(file, run)
             return
         n_workers = min(PARALLEL_READS, len(runs))
-        jobs = [
-            self._workers().submit(_move_all, file, runs[first::n_workers], move)
-            for first in range(n_workers)
+        calls = [
+            partial(_move_all, file, runs[first::n_workers], move) for first in range(n_workers)
         ]
-        # Every job ends before any error leaves here: a buffer in flight must not be reused.
-        failures = [failure for job in jobs if (failure := job.exception()) is not None]
-        if failures:
-            raise failures[0]
+        run_all(self._workers(), calls)
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._pool_guard:

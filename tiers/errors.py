@@ -95,7 +95,7 @@ class StoreReadOnlyError(TierError):
 
 
 class StoreFullError(TierError, OSError):
-    """The disk, or the budget of a tier, has no room. The store is as it was before the call."""
+    """The disk, or the budget of a tier, has no room for what is to be written."""
 
 
 class StorePoisonedError(TierError):

@@ -46,12 +46,12 @@ class StoreFiles:
     """
 
     def __init__(
-        self, disk: Disk, lock: File | None, root_file: File, root: Root, slots: SlotFile
+        self, disk: Disk, locks: list[File], root_file: File, root: Root, slots: SlotFile
     ) -> None:
         self.root = root
         self.slots = slots
         self._disk = disk
-        self._lock = lock
+        self._locks = locks
         self._root_file = root_file
 
     @classmethod
@@ -59,17 +59,11 @@ class StoreFiles:
         cls, disk: Disk, path: Path, page_bytes: int, size_bytes_max: int | None
     ) -> StoreFiles:
         """Write the files of a new, empty store; it does not exist for others before `publish`."""
-        opened: list[File] = []
         with _typed_errors(f"creating {path}"):
             _make_directory(disk, path)
-            lock = disk.lock(path / LOCK_NAME, exclusive=True)
-            opened.append(lock)
+            opened = [disk.lock(path / LOCK_NAME, exclusive=True)]
             try:
                 _remove_unfinished(disk, path)
-            except BaseException:
-                disk.close(lock)
-                raise
-            try:
                 store_id = uuid.uuid4().bytes
                 slots = SlotFile.create(
                     disk, path / PAGES_NAME, store_id, page_bytes, size_bytes_max
@@ -79,13 +73,17 @@ class StoreFiles:
                 slots.sync()
                 root_file = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
                 opened.append(root_file)
-                files = cls(disk, lock, root_file, root, slots)
+                root_lock = disk.lock(path / NEW_ROOT_NAME, exclusive=True, signed=False)
+                opened.append(root_lock)
+                files = cls(disk, [opened[0], root_lock], root_file, root, slots)
                 files.write_both_roots(root)
                 return files
+            except StoreExistsError:
+                _close_all(disk, opened)
+                raise
             except BaseException:
-                for file in reversed(opened):
-                    disk.close(file)
-                _remove(disk, path)
+                _remove_created(disk, path)
+                _close_all(disk, opened)
                 raise
 
     def publish(self, path: Path) -> None:
@@ -98,9 +96,9 @@ class StoreFiles:
             self._disk.sync_directory(path.parent)
 
     def discard(self, path: Path) -> None:
-        """Close and remove the files of a creation that failed."""
+        """Remove and close the files of a creation that failed."""
+        _remove_created(self._disk, path)
         self.close()
-        _remove(self._disk, path)
 
     @classmethod
     def open(
@@ -113,10 +111,11 @@ class StoreFiles:
         with _typed_errors(f"opening {path}"):
             try:
                 names = _names_of_store(disk, path)
-                lock = None
+                # The lock file says who writes; the lock of the root holds even where it is gone.
                 if not read_only or LOCK_NAME in names:
-                    lock = disk.lock(path / LOCK_NAME, exclusive=not read_only)
-                    opened.append(lock)
+                    opened.append(disk.lock(path / LOCK_NAME, exclusive=not read_only))
+                opened.append(disk.lock(path / ROOT_NAME, exclusive=not read_only, signed=False))
+                locks = list(opened)
                 mode: Mode = "read" if read_only else "write"
                 root_file = disk.open(path / ROOT_NAME, mode, direct=False)
                 opened.append(root_file)
@@ -139,13 +138,12 @@ class StoreFiles:
                         f"{path}: the page file was cut short, to {slots.size_blocks()} blocks of "
                         f"{root.file_blocks}"
                     )
-                files = cls(disk, lock, root_file, root, slots)
+                files = cls(disk, locks, root_file, root, slots)
                 if not read_only:
                     files._confirm(path)
                 return files
             except BaseException:
-                for file in reversed(opened):
-                    disk.close(file)
+                _close_all(disk, opened)
                 raise
 
     def _confirm(self, path: Path) -> None:
@@ -179,10 +177,9 @@ class StoreFiles:
         self.unlock()
 
     def unlock(self) -> None:
-        """Close the lock; the child of a fork does, lest it keep its parent's lock alive."""
-        if self._lock is not None:
-            self._disk.close(self._lock)
-            self._lock = None
+        """Close the locks; the child of a fork does, lest it keep its parent's locks alive."""
+        _close_all(self._disk, self._locks)
+        self._locks = []
 
 
 @contextmanager
@@ -206,12 +203,17 @@ def _names_of_store(disk: Disk, path: Path) -> list[str]:
     return names
 
 
-def _remove(disk: Disk, path: Path) -> None:
-    """Remove what a creation wrote; the directory stays, empty, and can be created in again."""
-    for name in (ROOT_NAME, NEW_ROOT_NAME, PAGES_NAME, LOCK_NAME):
-        # The failure that led here is the one to tell. What cannot be removed now either, the next
-        # creation takes over, unless it is a whole root.
-        with suppress(OSError):
+def _close_all(disk: Disk, files: list[File]) -> None:
+    for file in reversed(files):
+        disk.close(file)
+
+
+def _remove_created(disk: Disk, path: Path) -> None:
+    """Remove what a creation wrote, under its lock; the lock file stays, others may wait for it."""
+    # The failure that led here is the one to tell. What cannot be removed now, the next creation
+    # takes over, unless it is a whole root: that one keeps its page file.
+    with suppress(OSError):
+        for name in (ROOT_NAME, NEW_ROOT_NAME, PAGES_NAME):
             if disk.exists(path / name):
                 disk.unlink(path / name)
 
@@ -234,7 +236,9 @@ def _require_no_store(disk: Disk, path: Path) -> None:
         names = disk.list_directory(path)
     except NotADirectoryError:
         raise StoreExistsError(f"{path} exists and is a file") from None
-    if set(names) - {PAGES_NAME, LOCK_NAME, NEW_ROOT_NAME}:
+    # A creation makes its lock first: without one, the other names are somebody else's files.
+    ours = {LOCK_NAME, PAGES_NAME, NEW_ROOT_NAME} if LOCK_NAME in names else set()
+    if set(names) - ours:
         raise StoreExistsError(f"{path} exists and is not empty")
 
 
@@ -267,7 +271,7 @@ def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
     bitmap = page_map.private_bitmap(0)
     used = np.zeros(BITMAP_BLOCKS, np.uint8)
     used[: next(free_blocks)] = 1
-    bitmap[:] = np.packbits(used, bitorder="little")
+    bitmap[: BITMAP_BLOCKS // 8] = np.packbits(used, bitorder="little")
     page_map.flush()
     trees = {name: page_map.tops[number] for name, number in TREE_NUMBERS.items()}
     return Root(store_id, slots.page_bytes, 1, file_blocks, len(content), trees)

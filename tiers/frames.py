@@ -130,6 +130,8 @@ class Frames:
         self._limbo.append((self._epoch, frames.copy()))
         self._epoch += 1
 
-    def evictable(self) -> npt.NDArray[np.bool_]:
-        """Return which frames are mapped and held by nobody."""
-        return np.asarray((self.space >= 0) & (self.pins == 0) & ~self.writing)
+    def evictable(self, frames: Indices) -> npt.NDArray[np.bool_]:
+        """Return which of these frames are mapped and held by nobody."""
+        return np.asarray(
+            (self.space[frames] >= 0) & (self.pins[frames] == 0) & ~self.writing[frames]
+        )

@@ -18,7 +18,8 @@ it, so it may be rewritten in place. Everything else is copied before it changes
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +70,7 @@ def depth_of(n_objects: int) -> int:
 class Node:
     """A cached node or 4 KiB object: which one it is, where it lies, and its bytes."""
 
-    __slots__ = ("block", "dirty", "frame", "key", "raw", "version", "words")
+    __slots__ = ("block", "dirty", "frame", "key", "n_children", "raw", "version", "words")
 
     def __init__(self, key: Key, frame: int, raw: Bitmap, block: int, version: int) -> None:
         self.key = key
@@ -79,6 +80,7 @@ class Node:
         self.block = block
         self.version = version
         self.dirty = False
+        self.n_children = 0
 
 
 class PageMap:
@@ -95,6 +97,15 @@ class PageMap:
         ``(block, n_blocks)``; frees blocks of the committed state.
     n_nodes_max : int
         Size of the node cache, at least `NODES_MIN`: a path is never evicted by its own loading.
+
+    Attributes
+    ----------
+    failure : str or None
+        What cut a change short; only `begin` helps then, which is an abort.
+
+    Notes
+    -----
+    The parent of a cached node is cached, so that naming a child that was written reads nothing.
     """
 
     def __init__(
@@ -118,24 +129,26 @@ class PageMap:
         self._space_depths: dict[int, int] = {}
         self.tops: dict[int, TreeTop] = {}
         self.version = 0
+        self.failure: str | None = None
 
     def begin(self, version: int, tops: dict[int, TreeTop], space_depths: dict[int, int]) -> None:
         """Start the transaction that will be commit `version`, over the state that `tops` names.
 
         Cached nodes newer than that state are forgotten; this is what an abort is.
         """
-        for key in [
-            key for key, node in self._nodes.items() if node.dirty or node.version >= version
-        ]:
-            self._drop(key)
+        if any(node.dirty or node.version >= version for node in self._nodes.values()):
+            self._free_frames.extend(node.frame for node in self._nodes.values())
+            self._nodes.clear()
         self.version = version
         self.tops = {tree: TreeTop(top.word0, top.word1, top.depth) for tree, top in tops.items()}
         self._space_depths = dict(space_depths)
+        self.failure = None
 
     def add_space(self, tree: int, depth: int) -> None:
         """Make a tree known whose top is an object of SPACES; it is empty at first."""
-        self._space_depths[tree] = depth
-        self._cover(SPACES, tree - FIRST_SPACE)
+        with self._changing():
+            self._space_depths[tree] = depth
+            self._cover(SPACES, tree - FIRST_SPACE)
 
     def depth(self, tree: int) -> int:
         return self.tops[tree].depth if tree in self.tops else self._space_depths[tree]
@@ -163,23 +176,19 @@ class PageMap:
 
     def private_object(self, tree: int, index: int) -> Bitmap:
         """Return the bytes of a 4 KiB object to be changed; zeros if it was absent."""
-        self._cover(tree, index)
-        return self._make_private(tree, 0, index).raw
+        with self._changing():
+            self._cover(tree, index)
+            return self._make_private(tree, 0, index).raw
 
     def private_bitmap(self, number: int) -> Bitmap:
         return self.private_object(ALLOCATION, number)
 
-    def make_path_private(self, tree: int, indices: npt.NDArray[np.int64]) -> None:
-        """Make every node above these objects private."""
-        for parent, _, _ in _runs(indices):
-            self._make_private(tree, 1, parent)
-
     def set_entries(self, tree: int, indices: npt.NDArray[np.int64], entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""
-        for parent, start, stop in _runs(indices):
-            node = self._make_private(tree, 1, parent)
-            node.words[indices[start:stop] & (FANOUT - 1)] = entries[start:stop]
-            node.dirty = True
+        with self._changing():
+            for parent, start, stop in _runs(indices):
+                node = self._make_private(tree, 1, parent)
+                node.words[indices[start:stop] & (FANOUT - 1)] = entries[start:stop]
 
     def remove_object(self, tree: int, index: int) -> None:
         """Make a 4 KiB object absent."""
@@ -187,12 +196,12 @@ class PageMap:
         if word0 == ABSENT_WORD:
             return
         block, _, _ = unpack_entry(word0, word1)
-        self._give_back(block, 1)
-        parent = self._make_private(tree, 1, index >> FANOUT_BITS)
-        parent.words[index & (FANOUT - 1)] = ABSENT_WORD
-        parent.dirty = True
-        if (tree, 0, index) in self._nodes:
-            self._drop((tree, 0, index))
+        with self._changing():
+            self._give_back(block, 1)
+            parent = self._make_private(tree, 1, index >> FANOUT_BITS)
+            parent.words[index & (FANOUT - 1)] = ABSENT_WORD
+            if (tree, 0, index) in self._nodes:
+                self._drop((tree, 0, index))
 
     def count_private_needed(self, tree: int, indices: npt.NDArray[np.int64]) -> int:
         """Return the most blocks that making these paths private takes, bitmaps apart."""
@@ -214,6 +223,15 @@ class PageMap:
                     [n for n in self._nodes.values() if n.dirty and n.key[:2] == (tree, level)]
                 )
         assert not any(node.dirty for node in self._nodes.values())
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Remember a failure: entries and bitmaps may be in the middle of a change then."""
+        try:
+            yield
+        except BaseException as failure:
+            self.failure = self.failure or repr(failure)
+            raise
 
     # Nodes
 
@@ -254,9 +272,7 @@ class PageMap:
         except BaseException:
             self._free_frames.append(frame)
             raise
-        node = Node(key, frame, raw, block, version)
-        self._nodes[key] = node
-        return node
+        return self._keep(Node(key, frame, raw, block, version))
 
     def _make_private(self, tree: int, level: int, index: int) -> Node:
         """Return a node that no root refers to, with its ancestors, made from nothing if absent."""
@@ -273,45 +289,60 @@ class PageMap:
         # Making the ancestors private may have evicted, or in passing made private, this very node.
         node = self._get(tree, level, index)
         if node is None:
-            node = self._new_node(key)
+            node = self._new_node(key, self._frame())
             old_block = -1
         elif node.version == self.version:
             node.dirty = True
             return node
         else:
             old_block = node.block
-        # Private before a block is taken: taking one may come back to this node when it is a
-        # bitmap.
+        # Private, but without a block and so not to be evicted, before a block is taken: taking one
+        # may come back to this node when it is a bitmap.
         node.version = self.version
         node.dirty = True
+        node.block = -1
         node.block = self._take_block()
         self._name_child(node, 0)
         if old_block >= 0:
             self._give_back(old_block, 1)
         return self._nodes[key]
 
-    def _new_node(self, key: Key) -> Node:
+    def _new_node(self, key: Key, frame: int) -> Node:
         """Return an empty private node that has no block yet, and therefore is not evicted."""
-        frame = self._frame()
         raw = self._memory[frame]
         raw[:] = 0 if key[1] == 0 else 0xFF
         node = Node(key, frame, raw, -1, self.version)
         node.dirty = True
-        self._nodes[key] = node
+        return self._keep(node)
+
+    def _keep(self, node: Node) -> Node:
+        """Enter a node whose parent is cached."""
+        self._nodes[node.key] = node
+        parent = self._parent(node)
+        if parent is not None:
+            parent.n_children += 1
         return node
+
+    def _parent(self, node: Node) -> Node | None:
+        """Return the cached node that names this one, None if the root does."""
+        tree, level, index = node.key
+        if level < self.depth(tree):
+            return self._nodes[tree, level + 1, index >> FANOUT_BITS]
+        if tree in self.tops:
+            return None
+        return self._nodes[SPACES, 1, (tree - FIRST_SPACE) >> FANOUT_BITS]
 
     def _name_child(self, node: Node, crc: int) -> None:
         """Write a node's entry where its parent keeps it; the parent is private already."""
         tree, level, index = node.key
-        word0, word1 = pack_entry(node.block, node.version, crc)
-        if level == self.depth(tree):
-            if tree in self.tops:
-                self.tops[tree].word0, self.tops[tree].word1 = word0, word1
-                return
-            tree, level, index = SPACES, 0, tree - FIRST_SPACE
-        parent = self._get(tree, level + 1, index >> FANOUT_BITS)
-        assert parent is not None and parent.version == self.version
-        parent.words[index & (FANOUT - 1)] = (word0, word1)
+        entry = pack_entry(node.block, node.version, crc)
+        parent = self._parent(node)
+        if parent is None:
+            self.tops[tree].word0, self.tops[tree].word1 = entry
+            return
+        assert parent.version == self.version
+        place = index if level < self.depth(tree) else tree - FIRST_SPACE
+        parent.words[place & (FANOUT - 1)] = entry
         parent.dirty = True
 
     def _cover(self, tree: int, index: int) -> None:
@@ -319,26 +350,25 @@ class PageMap:
         top = self.tops[tree]
         while index >> FANOUT_BITS * top.depth:
             had = (top.word0, top.word1)
-            top.depth += 1
             if had[0] == ABSENT_WORD:
+                top.depth += 1
                 continue
-            node = self._new_node((tree, top.depth, 0))
+            frame = self._frame()
+            top.depth += 1
+            node = self._new_node((tree, top.depth, 0), frame)
             # Before a block is taken: that may descend from this very node.
             node.words[0] = had
+            node.n_children = int((tree, top.depth - 1, 0) in self._nodes)
             node.block = self._take_block()
             self._name_child(node, 0)
 
     def _frame(self) -> int:
-        """Return a free piece of the cache, evicting the clean node used longest ago if need be."""
-        while not self._free_frames:
-            clean = next((node for node in self._nodes.values() if not node.dirty), None)
-            if clean is None:
-                # Its entry is written into its parent, which may need a piece of the cache: by then
-                # it is clean.
-                oldest = next(node for node in self._nodes.values() if node.block >= 0)
+        """Return a free piece of the cache, evicting the childless node used longest ago."""
+        if not self._free_frames:
+            oldest = next(n for n in self._nodes.values() if not n.n_children and n.block >= 0)
+            if oldest.dirty:
                 self._write_nodes([oldest])
-            else:
-                self._drop(clean.key)
+            self._drop(oldest.key)
         return self._free_frames.pop()
 
     def _write_nodes(self, nodes: list[Node]) -> None:
@@ -347,11 +377,16 @@ class PageMap:
         crcs = [bound_crc32c(node.raw, self._store_id, *node.key, node.version) for node in nodes]
         self._write_blocks([node.block for node in nodes], [node.raw for node in nodes])
         for node, crc in zip(nodes, crcs, strict=True):
-            node.dirty = False
             self._name_child(node, crc)
+            node.dirty = False
 
     def _drop(self, key: Key) -> None:
-        self._free_frames.append(self._nodes.pop(key).frame)
+        node = self._nodes[key]
+        parent = self._parent(node)
+        if parent is not None:
+            parent.n_children -= 1
+        del self._nodes[key]
+        self._free_frames.append(node.frame)
 
 
 def _runs(indices: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:

@@ -114,14 +114,18 @@ class Pager:
     def make_frames(self) -> None:
         """Take the rest of the budget for frames, but for a 64th: page tables of later spaces.
 
+        What later spaces took of it must not keep the store from opening with the same budget, so
+        it is held back only as far as `FRAMES_MIN` frames are left.
+
         Raises
         ------
         BudgetError
             If the rest holds less than `FRAMES_MIN` frames.
         """
-        slack = self.account.limit_bytes // 64
         per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
-        n_frames = (self.account.left_bytes - slack) // per_frame
+        least = min(FRAMES_MIN, self.account.left_bytes // per_frame)
+        held_back = self.account.limit_bytes // 64
+        n_frames = max(least, (self.account.left_bytes - held_back) // per_frame)
         if n_frames < FRAMES_MIN:
             raise BudgetError(
                 f"a DRAM budget of {self.account.limit_bytes} bytes holds {max(0, n_frames)} pages "
@@ -129,7 +133,13 @@ class Pager:
                 f"{budget_min(self.page_bytes, list(self.spaces.values()))} bytes"
             )
         self.account.charge("frames", n_frames * per_frame)
-        self.frames = Frames(n_frames, self.page_bytes)
+        try:
+            self.frames = Frames(n_frames, self.page_bytes)
+        except OSError as refused:
+            raise BudgetError(
+                f"a DRAM budget of {self.account.limit_bytes} bytes is more than the system gives: "
+                f"{refused.strerror}"
+            ) from refused
         self.policy = Clock(n_frames)
 
     def begin(self, root: Root) -> None:
@@ -185,6 +195,7 @@ class Pager:
         space = self.spaces[number]
         with self.mutex:
             mapped = space.page_table[space.page_table >= 0].astype(np.int64)
+            self._wait_for_release(mapped)
             self.evict(mapped, count=False)
         del self.spaces[number]
         self.account.charge("page tables", -4 * space.n_pages)
@@ -229,9 +240,13 @@ class Pager:
         """Drop every frame newer than the last commit, once nobody holds it. I/O lock held."""
         with self.mutex:
             frames = np.flatnonzero(self.frames.private)
-            while self.frames.pins[frames].any():
-                self.released.wait(0.1)
+            self._wait_for_release(frames)
             self.evict(frames, count=False)
+
+    def _wait_for_release(self, frames: Indices) -> None:
+        """Wait until nobody holds these frames. I/O lock and mutex held."""
+        while self.frames.pins[frames].any():
+            self.released.wait(0.1)
 
     def fetch_wave(self, space: Space, pages: Indices) -> int:
         """Bring in pages that nobody asked for yet, as far as frames can be had at once.
@@ -330,7 +345,7 @@ class Pager:
                     if needed == 0:
                         return taken
                     victims = self.policy.victims(
-                        max(0, needed - self.frames.n_limbo), self.frames.evictable()
+                        max(0, needed - self.frames.n_limbo), self.frames.evictable
                     )
                     dirty = victims[self.frames.dirty[victims]][:WAVE_PAGES]
                     clean = victims[~self.frames.dirty[victims]]

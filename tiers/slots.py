@@ -2,9 +2,9 @@
 
 ::
 
-    byte 0                     header block: magic, format version, page size, store id, crc32c; the
-    rest of slot 0 unused byte page_bytes * n        slot n: one page, or blocks of 4 KiB that hold
-    map nodes
+    byte 0                 header block: magic, format version, page size, store id, crc32c;
+                           the rest of slot 0 is unused
+    byte page_bytes * n    slot n: one page, or blocks of 4 KiB that hold map nodes
 
 Pages are read and written past the page cache where the file system allows it (O_DIRECT). What the
 operating system refuses becomes a typed error here; what comes back is not trusted, its reader
@@ -61,13 +61,17 @@ class SlotFile:
     ) -> SlotFile:
         """Make the file with its header; durable only after `sync`."""
         slots = cls(disk, disk.open(path, "create", direct=True), page_bytes, size_bytes_max)
-        header = aligned_buffer(1, BLOCK_BYTES)
-        content = _HEADER.pack(MAGIC, FORMAT_VERSION, page_bytes, store_id, 0)[:-4]
-        header[0, : _HEADER.size] = np.frombuffer(
-            content + struct.pack("<I", google_crc32c.value(content)), np.uint8
-        )
-        slots.grow(page_bytes // BLOCK_BYTES, page_bytes // BLOCK_BYTES)
-        slots.write_blocks([0], [header[0]])
+        try:
+            header = aligned_buffer(1, BLOCK_BYTES)
+            content = _HEADER.pack(MAGIC, FORMAT_VERSION, page_bytes, store_id, 0)[:-4]
+            header[0, : _HEADER.size] = np.frombuffer(
+                content + struct.pack("<I", google_crc32c.value(content)), np.uint8
+            )
+            slots.grow(page_bytes // BLOCK_BYTES, page_bytes // BLOCK_BYTES)
+            slots.write_blocks([0], [header[0]])
+        except BaseException:
+            disk.close(slots.file)
+            raise
         return slots
 
     @classmethod

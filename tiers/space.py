@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,14 @@ class Uniform:
 Initial = Constant | Uniform
 
 
+def _fits(value: float, dtype: np.dtype[Any]) -> bool:
+    """Return whether a dtype holds a value: integers exactly, floats rounded but finite."""
+    if dtype.kind == "f":
+        return math.isfinite(value) and abs(value) <= float(np.finfo(dtype).max)
+    limits = np.iinfo(dtype)
+    return math.isfinite(value) and value == int(value) and limits.min <= value <= limits.max
+
+
 @dataclass(frozen=True)
 class SpaceSpec:
     """What a space is; stored in the catalogue.
@@ -68,6 +77,12 @@ class SpaceSpec:
             raise SpaceError(f"a space's name has 1 to 200 characters, not {self.name!r}")
         if self.dtype not in DTYPES:
             raise SpaceError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name in ("row_width", "n_rows"):
+            if isinstance(getattr(self, name), bool) or not hasattr(
+                getattr(self, name), "__index__"
+            ):
+                raise SpaceError(f"{name} must be an integer, not {getattr(self, name)!r}")
+            object.__setattr__(self, name, operator.index(getattr(self, name)))
         if self.row_width < 1:
             raise SpaceError(f"row_width must be at least 1, not {self.row_width}")
         if not 1 <= self.n_rows <= 1 << 63:
@@ -77,8 +92,10 @@ class SpaceSpec:
             if isinstance(self.initial, Constant)
             else (self.initial.low, self.initial.high)
         )
-        if not all(math.isfinite(number) for number in numbers):
-            raise SpaceError(f"the initial value must be finite, not {self.initial}")
+        if not all(_fits(number, DTYPES[self.dtype]) for number in numbers):
+            raise SpaceError(
+                f"the initial value must be finite in {self.dtype}, not {self.initial}"
+            )
         if isinstance(self.initial, Uniform):
             if not self.dtype.startswith("float"):
                 raise SpaceError(f"a uniform initial value needs a float dtype, not {self.dtype!r}")
@@ -182,7 +199,8 @@ class Space:
         content[n_elements * self.dtype.itemsize :] = 0
         initial = self.spec.initial
         if isinstance(initial, Constant):
-            elements[:] = self.dtype.type(initial.value)
+            value = initial.value if self.dtype.kind == "f" else int(initial.value)
+            elements[:] = self.dtype.type(value)
             return
         first = np.uint64(page * n_elements)
         elements[:] = uniform_at(first, n_elements, initial)

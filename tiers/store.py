@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.budget import Budget
+from tiers.catalogue import Catalogue
 from tiers.claims import Claim, Claims
 from tiers.condition import Condition
 from tiers.disk import Bytes, Disk, OsDisk
@@ -125,10 +127,10 @@ class Store:
         path = Path(path)
         disk = disk or OsDisk()
         budget = Budget.of(budget)
-        if page_size not in PAGE_BYTES_ALLOWED:
+        if type(page_size) is not int or page_size not in PAGE_BYTES_ALLOWED:
             raise SpaceError(
                 f"page_size must be a power of two from {PAGE_BYTES_ALLOWED[0]} to "
-                f"{PAGE_BYTES_ALLOWED[-1]}, not {page_size}"
+                f"{PAGE_BYTES_ALLOWED[-1]}, not {page_size!r}"
             )
         least = budget_min(page_size, [Space(0, spec, page_size) for spec in spaces])
         if budget.dram_bytes < least:
@@ -186,7 +188,10 @@ class Store:
         """Close the store; what was not committed is lost. Closing twice is fine."""
         if self._condition.closed or self._condition.forked:
             return
+        self._claims.require_nothing_held()
         with self._writer, self._io:
+            if self._condition.closed:
+                return
             with self._pager.mutex:
                 self._condition.closed = True
                 self._pager.released.notify_all()
@@ -230,7 +235,8 @@ class Store:
         BudgetError
             If its page table does not fit into the budget.
         """
-        with self._writing(), self._io:
+        self._claims.require_nothing_held()
+        with self._writing(), self._io, self._condition.guarding("creating a space"):
             spec = SpaceSpec(name, dtype, row_width, n_rows, initial or Constant())
             return self._register(spec)
 
@@ -279,13 +285,13 @@ class Store:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """The document of whoever built the store, as of the last commit."""
-        return self._catalogue.attributes
+        """The document of whoever built the store, as of the last commit; a copy."""
+        return deepcopy(self._catalogue.attributes)
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The user's document, of the last commit that was given one."""
-        return self._catalogue.meta
+        """The user's document, of the last commit that was given one; a copy."""
+        return deepcopy(self._catalogue.meta)
 
     @property
     def commit_number(self) -> int:
@@ -342,7 +348,7 @@ class Store:
         self._refuse_reader()
         self._writer.acquire()
         try:
-            self._condition.require_whole()
+            self.require_whole()
             return self._claims.take(
                 checked, reserve=self._ensure_room, on_release=self._writer.release
             )
@@ -375,6 +381,7 @@ class Store:
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot; the others read as its initial value."""
         self._condition.require_usable()
+        self._claims.require_nothing_held()
         with self._io:
             return self._pager.n_stored_pages(space)
 
@@ -385,11 +392,12 @@ class Store:
         had without waiting.
         """
         self._condition.require_usable()
+        self._claims.require_nothing_held()
         ((_, pages),) = self._pager.checked([(space, pages)])
         n_fetched = 0
         for start in range(0, len(pages), PREFETCH_WAVE_PAGES):
             self._claims.wait_for_demands()
-            with self._io:
+            with self._io, self._condition.guarding("a fetch"):
                 if self._condition.closed or self._condition.poison:
                     break
                 wave = pages[start : start + PREFETCH_WAVE_PAGES]
@@ -406,7 +414,6 @@ class Store:
         `abort` is accepted.
         """
         with self._writing():
-            self._condition.require_whole()
             n_writes = self._claims.n_writes
             try:
                 yield
@@ -423,7 +430,8 @@ class Store:
         StoreFullError
             If they cannot; nothing has changed.
         """
-        with self._writing(), self._io:
+        self._claims.require_nothing_held()
+        with self._writing(), self._io, self._condition.guarding("a reservation"):
             self._ensure_room(self._pager.checked(requests))
 
     def commit(
@@ -459,7 +467,6 @@ class Store:
         """
         self._claims.require_nothing_held()
         with self._writing(), self._io:
-            self._condition.require_whole()
             if not self._changed and attributes is None and meta is None:
                 return self._root.commit
             catalogue = replace(
@@ -468,9 +475,10 @@ class Store:
                 meta=self._catalogue.meta if meta is None else meta,
             )
             content = catalogue.encode()
-            self._begin_change()
-            self._pager.reserve_catalogue(len(content))
-            self._pager.write_pages(np.flatnonzero(self._pager.frames.dirty))
+            with self._condition.guarding("commit"):
+                self._begin_change()
+                self._pager.reserve_catalogue(len(content))
+                self._pager.write_pages(np.flatnonzero(self._pager.frames.dirty))
             with self._condition.poisoning("commit"):
                 self._pager.write_catalogue(content, self._root.catalogue_bytes)
                 self._pager.allocator.settle()
@@ -486,7 +494,7 @@ class Store:
                 self._files.slots.sync()
                 self._files.write_root(root)
                 self._root = root
-                self._catalogue = catalogue
+                self._catalogue = Catalogue.decode(content)
                 self._changed = False
                 self._counts["commits"] += 1
                 with self._pager.mutex:
@@ -498,7 +506,7 @@ class Store:
     def abort(self) -> None:
         """Return to the last commit; waits until claims on what is forgotten have been released."""
         self._claims.require_nothing_held()
-        with self._writing(), self._io, self._condition.poisoning("abort"):
+        with self._writing(whole=False), self._io, self._condition.poisoning("abort"):
             self._pager.forget_private()
             self._pager.begin(self._root)
             self._catalogue = self._pager.read_catalogue(self._root.catalogue_bytes)
@@ -523,6 +531,12 @@ class Store:
         """Raise what any call would raise on a store that is closed, forked or refuses."""
         self._condition.require_usable()
 
+    def require_whole(self) -> None:
+        """Raise `TransactionBrokenError` if a change was cut short; only `abort` helps then."""
+        if self._pager.map.failure is not None and self._condition.broken is None:
+            self._condition.broken = f"a change was cut short by {self._pager.map.failure}"
+        self._condition.require_whole()
+
     def check(self) -> dict[str, int]:
         """Recount every invariant and read back every block and page; return what was counted.
 
@@ -536,16 +550,19 @@ class Store:
         from tiers.check import check
 
         self._condition.require_usable()
+        self._claims.require_nothing_held()
         with self._writer, self._io:
             return check(self._pager, self.spaces, self._root)
 
     # Inside: write sections
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, whole: bool = True) -> Iterator[None]:
         self._refuse_reader()
         with self._writer:
             self._condition.require_writable()
+            if whole:
+                self.require_whole()
             yield
 
     def _refuse_reader(self) -> None:

@@ -7,9 +7,11 @@ hand clears set bits and takes the first clear one.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from tiers.policies.policy import Frames
+from tiers.policies.policy import Evictable, Frames
+
+STEP_FRAMES = 512
+"""Frames the hand looks at in one numpy call."""
 
 
 class Clock:
@@ -34,23 +36,28 @@ class Clock:
     def remove(self, frames: Frames) -> None:
         self.touched[frames] = 0
 
-    def victims(self, count: int, evictable: npt.NDArray[np.bool_]) -> Frames:
+    def victims(self, count: int, evictable: Evictable) -> Frames:
         n_frames = len(self.touched)
+        is_chosen = np.zeros(0, np.bool_)
         chosen: list[Frames] = []
         left = count
+        n_passed = 0
         # Two turns suffice: the first clears every bit that it passes.
-        for _ in range(2):
-            ring = (np.arange(n_frames) + self.hand) % n_frames
-            candidates = np.flatnonzero(evictable[ring] & (self.touched[ring] == 0))
-            if chosen:
-                candidates = candidates[~np.isin(ring[candidates], np.concatenate(chosen))]
-            candidates = candidates[:left]
-            left -= len(candidates)
-            chosen.append(ring[candidates].astype(np.int64))
-            passed = ring if left else ring[: candidates[-1] + 1] if len(candidates) else ring[:0]
-            spared = passed[evictable[passed]]
-            self.touched[spared] = 0
-            self.hand = int((self.hand + len(passed)) % n_frames)
-            if left == 0:
-                break
-        return np.concatenate(chosen)
+        while left and n_passed < 2 * n_frames:
+            n_step = min(STEP_FRAMES, n_frames - n_passed % n_frames)
+            ring = (np.arange(n_step) + self.hand) % n_frames
+            can_go = evictable(ring)
+            if n_passed >= n_frames:
+                if not len(is_chosen):
+                    is_chosen = np.zeros(n_frames, np.bool_)
+                    is_chosen[np.concatenate([*chosen, ring[:0]])] = True
+                can_go &= ~is_chosen[ring]
+            found = np.flatnonzero(can_go & (self.touched[ring] == 0))[:left]
+            left -= len(found)
+            chosen.append(ring[found])
+            n_done = n_step if left else int(found[-1]) + 1
+            passed = ring[:n_done]
+            self.touched[passed[can_go[:n_done]]] = 0
+            self.hand = int((self.hand + n_done) % n_frames)
+            n_passed += n_done
+        return np.concatenate([*chosen, np.empty(0, np.int64)])

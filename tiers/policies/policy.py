@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Frames = npt.NDArray[np.int64]
+Evictable = Callable[[Frames], npt.NDArray[np.bool_]]
+"""Tells of some frames which of them are mapped and held by nobody."""
 
 
 class Policy(Protocol):
@@ -27,6 +30,6 @@ class Policy(Protocol):
     def remove(self, frames: Frames) -> None:
         """Pages left these frames."""
 
-    def victims(self, count: int, evictable: npt.NDArray[np.bool_]) -> Frames:
+    def victims(self, count: int, evictable: Evictable) -> Frames:
         """Return up to `count` frames to give up, best first, only such as are `evictable`."""
         ...

@@ -308,19 +308,19 @@ class FaultDisk:
                 raise _os_error(errno.EINVAL, file.path)
             self._change(Resize(self._opened(file).inode, size_bytes))
 
-    def lock(self, path: Path, *, exclusive: bool) -> FaultFile:
+    def lock(self, path: Path, *, exclusive: bool, signed: bool = True) -> FaultFile:
         with self._operation("lock", path):
             try:
                 inode = self._find(path)
             except FileNotFoundError:
-                if not exclusive:
+                if not (exclusive and signed):
                     raise
                 inode = self._make(is_directory=False)
                 self._change(Names(((self._parent(path, free=True), path.name, inode),)))
             held = [other for other in self._open_files if other.inode == inode and other.lock]
             if any(exclusive or other.lock == "exclusive" for other in held):
                 raise StoreLockedError(f"{path.parent} is open elsewhere")
-            if exclusive:
+            if exclusive and signed:
                 self._change(Resize(inode, 0))
                 self._change(Write(inode, 0, str(os.getpid()).encode()))
             file = FaultFile(path, inode, writable=exclusive, direct=False)
