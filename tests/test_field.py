@@ -25,12 +25,14 @@ from tiers.errors import (
     StoreExistsError,
     StoreForkedError,
     StoreFullError,
+    StoreIOError,
     StoreReadOnlyError,
+    TransactionBrokenError,
 )
 from tiers.frames import BYTES_PER_FRAME_RECORD
 from tiers.page_map import NODES_MIN
 from tiers.pager import budget_min
-from tiers.testing import FaultDisk
+from tiers.testing import Fault, FaultDisk
 
 AMPLE = "64MiB"
 
@@ -521,3 +523,109 @@ def test_one_claim_larger_than_the_arena_is_refused_by_size(tmp_path: Path) -> N
             store.claim([(space, np.arange(space.n_pages))])
         assert refused.value.pages_wanted == space.n_pages
         assert refused.value.frames_max == store.n_frames
+
+
+def test_a_mask_hides_no_point_and_no_gradient_from_the_checks(shared_field: dpnc.Field) -> None:
+    x = np.full((3, 2), 0.5)
+    shared_field.query(x)
+    x[1] = 50.0
+    with pytest.raises(PointsError, match=r"point 1 is .*50"):
+        shared_field.query(np.ma.masked_array(x, mask=x > 1))
+    grad = np.zeros((3, shared_field.encoding.n_output_dims), np.float32)
+    grad[2, 0] = np.nan
+    with pytest.raises(PointsError, match="point 2"):
+        shared_field.update(np.full((3, 2), 0.5), np.ma.masked_invalid(grad))
+    assert type(shared_field.query(np.full((3, 2), 0.5).view(np.matrix))) is np.ndarray
+
+
+def field_on(disk: FaultDisk) -> dpnc.Field:
+    encoding = grid(n_levels=8, log2_hashmap_size=15)
+    disk.make_directory(Path("/machine"))
+    return dpnc.create(
+        "/machine/field",
+        encoding,
+        budget=budget_of_share(0.1, encoding),
+        optimizer=dpnc.Adam(),
+        page_size=4096,
+        threads=1,
+        disk=disk,
+    )
+
+
+def test_an_update_that_failed_half_way_is_not_served_and_an_abort_mends_it() -> None:
+    disk = FaultDisk()
+    n_broken = 0
+    with field_on(disk) as field:
+        x, grad = batches(1, 3000, 2, field.encoding.n_output_dims, spread=1.0)[0]
+        field.update(x, grad)
+        field.commit()
+        before = contents(field)
+        for at in range(1, 100, 9):
+            disk.inject(Fault(at=at, kinds=("read",)))
+            try:
+                field.update(x, grad)
+            except StoreIOError:
+                disk.inject(None)
+                try:
+                    assert contents(field) == before
+                except TransactionBrokenError:
+                    n_broken += 1
+                    for call in (field.commit, field.digest, lambda: field.prefetch(x)):
+                        with pytest.raises(TransactionBrokenError, match="abort"):
+                            call()
+            disk.inject(None)
+            field.abort()
+            assert contents(field) == before
+        assert n_broken > 2
+        field.verify()
+
+
+def test_look_ahead_survives_what_goes_wrong_in_it(tmp_path: Path) -> None:
+    with dpnc.create(tmp_path / "field", grid(), budget=AMPLE) as field:
+
+        def fail() -> np.ndarray:
+            raise MemoryError
+
+        failed = field._look_ahead.announce(fail)
+        assert failed.wait(20)
+        assert isinstance(failed.error, MemoryError)
+        ahead = field.prefetch(np.full((1, 2), 0.5))
+        assert ahead.wait(20)
+        assert ahead.error is None
+        assert field.stats()["prefetch_failed"] == 1
+
+
+def test_closing_waits_for_queries_and_later_ones_are_told(tmp_path: Path) -> None:
+    field = dpnc.create(tmp_path / "field", grid(), budget=AMPLE, threads=2)
+    x = np.random.default_rng(0).random((20000, 2))
+    seen: list[str] = []
+
+    def read() -> None:
+        try:
+            while True:
+                field.query(x)
+        except Exception as refused:
+            seen.append(type(refused).__name__)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    field.prefetch(x)
+    field.close()
+    for thread in threads:
+        thread.join(30)
+    assert seen == ["StoreClosedError"] * 3
+
+
+def test_other_bad_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    for changes, named in (
+        ({"optimizer": "adam"}, "'adam'"),
+        ({"head": 3}, "3"),
+        ({"threads": 0}, "0"),
+        ({"threads": "2"}, "'2'"),
+        ({"seed": True}, "True"),
+    ):
+        with pytest.raises(FieldError, match=named):
+            dpnc.create(tmp_path / "field", grid(), **{"budget": AMPLE, **changes})  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="more than the system gives"):
+        dpnc.create(tmp_path / "field", grid(), budget="100PiB")

@@ -24,6 +24,7 @@ def check(pager: Pager, spaces: list[Space], root: Root) -> dict[str, int]:
     """Recount a store whose writer and I/O locks are held; see `Store.check`."""
     with pager.mutex:
         _check_frames(pager, spaces)
+    _check_nodes(pager)
     return _Walk(pager, spaces).run() | {"damaged_root_copies": len(root.damaged_copies)}
 
 
@@ -50,6 +51,17 @@ def _check_frames(pager: Pager, spaces: list[Space]) -> None:
     assert pager.account.used_bytes == sum(pager.account.by_category.values()), (
         "the account does not add up"
     )
+
+
+def _check_nodes(pager: Pager) -> None:
+    nodes = pager.map._nodes
+    n_children = dict.fromkeys(nodes, 0)
+    for node in nodes.values():
+        parent = pager.map._parent(node)
+        if parent is not None:
+            n_children[parent.key] += 1
+    counted = {key: node.n_children for key, node in nodes.items()}
+    assert counted == n_children, "a cached map node's parent is not cached, or miscounts"
 
 
 class _Walk:

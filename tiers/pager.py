@@ -8,7 +8,8 @@ store's locks their caller holds: the *I/O lock* for whatever touches map, alloc
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -98,18 +99,29 @@ class Pager:
         self.account.charge("map nodes", n_nodes * BLOCK_BYTES)
         self.account.charge("scratch page", self.page_bytes)
         self.scratch = aligned_buffer(1, self.page_bytes)[0]
-        self.map = PageMap(
-            root.store_id,
-            slots.read_blocks,
-            slots.write_blocks,
-            lambda: self.allocator.take_block(),
-            lambda block, n_blocks: self.allocator.give_back(block, n_blocks),
-            n_nodes,
-        )
+        with self._memory_errors():
+            self.map = PageMap(
+                root.store_id,
+                slots.read_blocks,
+                slots.write_blocks,
+                lambda: self.allocator.take_block(),
+                lambda block, n_blocks: self.allocator.give_back(block, n_blocks),
+                n_nodes,
+            )
         self.begin(root)
         self.allocator = Allocator(
             self.map, self.page_bytes // BLOCK_BYTES, root.file_blocks, slots.grow
         )
+
+    @contextmanager
+    def _memory_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, OverflowError) as refused:
+            raise BudgetError(
+                f"a DRAM budget of {self.account.limit_bytes} bytes is more than the system gives: "
+                f"{refused}"
+            ) from refused
 
     def make_frames(self) -> None:
         """Take the rest of the budget for frames, but for a 64th: page tables of later spaces.
@@ -133,13 +145,8 @@ class Pager:
                 f"{budget_min(self.page_bytes, list(self.spaces.values()))} bytes"
             )
         self.account.charge("frames", n_frames * per_frame)
-        try:
+        with self._memory_errors():
             self.frames = Frames(n_frames, self.page_bytes)
-        except OSError as refused:
-            raise BudgetError(
-                f"a DRAM budget of {self.account.limit_bytes} bytes is more than the system gives: "
-                f"{refused.strerror}"
-            ) from refused
         self.policy = Clock(n_frames)
 
     def begin(self, root: Root) -> None:

@@ -50,6 +50,8 @@ Initial = Constant | Uniform
 
 def _fits(value: float, dtype: np.dtype[Any]) -> bool:
     """Return whether a dtype holds a value: integers exactly, floats rounded but finite."""
+    if not isinstance(value, (int, float)):
+        return False
     if dtype.kind == "f":
         return math.isfinite(value) and abs(value) <= float(np.finfo(dtype).max)
     limits = np.iinfo(dtype)
@@ -73,9 +75,9 @@ class SpaceSpec:
     initial: Initial
 
     def __post_init__(self) -> None:
-        if not self.name or len(self.name) > 200:
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 200:
             raise SpaceError(f"a space's name has 1 to 200 characters, not {self.name!r}")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise SpaceError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         for name in ("row_width", "n_rows"):
             if isinstance(getattr(self, name), bool) or not hasattr(
@@ -87,6 +89,8 @@ class SpaceSpec:
             raise SpaceError(f"row_width must be at least 1, not {self.row_width}")
         if not 1 <= self.n_rows <= 1 << 63:
             raise SpaceError(f"n_rows must be in 1 .. 2^63, not {self.n_rows}")
+        if not isinstance(self.initial, (Constant, Uniform)):
+            raise SpaceError(f"initial must be Constant or Uniform, not {self.initial!r}")
         numbers = (
             (self.initial.value,)
             if isinstance(self.initial, Constant)

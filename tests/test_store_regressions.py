@@ -1,0 +1,342 @@
+"""Defects that were found once, each as the property it broke."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import tiers.allocator
+import tiers.check
+import tiers.files
+from tiers import Constant, Space, SpaceSpec, Store
+from tiers.catalogue import MetaError
+from tiers.errors import (
+    CorruptionError,
+    NestedClaimError,
+    SpaceError,
+    StoreExistsError,
+    StoreIOError,
+    StoreLockedError,
+    TransactionBrokenError,
+)
+from tiers.jobs import run_all
+from tiers.pager import budget_min
+from tiers.testing import Fault, FaultDisk, power_cut
+
+PAGE = 4096
+PLACE = Path("/machine/store")
+
+
+@pytest.fixture
+def disk() -> FaultDisk:
+    disk = FaultDisk()
+    disk.make_directory(PLACE.parent)
+    disk.sync_directory(PLACE.parent.parent)
+    return disk
+
+
+@pytest.fixture
+def store(disk: FaultDisk) -> Iterator[Store]:
+    with Store.create(PLACE, "1MiB", page_size=PAGE, disk=disk) as store:
+        yield store
+
+
+def pages_of(count: int, first: int = 0) -> SpaceSpec:
+    return SpaceSpec("pages", "uint8", PAGE, count, Constant(first))
+
+
+def write(store: Store, space: Space, pages: Any, value: int) -> None:
+    with store.claim([(space, np.array(pages, np.int64))], write=True) as claim:
+        store.arena[claim.frames[0]] = value
+
+
+def read(store: Store, space: Space, page: int) -> int:
+    with store.claim([(space, np.array([page], np.int64))]) as claim:
+        content = store.arena[claim.frames[0][0]]
+        assert (content == content[0]).all()
+        return int(content[0])
+
+
+@pytest.mark.parametrize(("bitmap_blocks", "page_size"), [(64, 4096), (256, 16384), (64, 8192)])
+def test_files_of_many_bitmaps_are_allocated_and_freed_like_others(
+    monkeypatch: pytest.MonkeyPatch, disk: FaultDisk, bitmap_blocks: int, page_size: int
+) -> None:
+    for module in (tiers.allocator, tiers.files, tiers.check):
+        monkeypatch.setattr(module, "BITMAP_BLOCKS", bitmap_blocks)
+    n_pages = 6000
+    spec = SpaceSpec("pages", "uint8", page_size, n_pages, Constant())
+    generator = np.random.default_rng(bitmap_blocks + page_size)
+    store = Store.create(PLACE, "2MiB", page_size=page_size, spaces=[spec], disk=disk)
+    space = store.space("pages")
+    model: dict[int, int] = {}
+    committed: dict[int, int] = {}
+    for number in range(80):
+        for _ in range(int(generator.integers(1, 5))):
+            span = n_pages if generator.random() < 0.6 else 300
+            pages = np.unique(generator.integers(0, span, generator.integers(1, 50)))
+            write(store, space, pages, number % 250 + 1)
+            model.update(dict.fromkeys(pages.tolist(), number % 250 + 1))
+        choice = generator.random()
+        if choice < 0.6:
+            store.commit()
+            committed = dict(model)
+        elif choice < 0.75:
+            store.abort()
+            model = dict(committed)
+        elif choice < 0.85:
+            store.close()
+            store = Store.open(PLACE, "2MiB", disk=disk)
+            space = store.space("pages")
+            model = dict(committed)
+        for page in generator.choice(sorted(model), min(len(model), 8)) if model else ():
+            assert read(store, space, int(page)) == model[int(page)]
+    assert store._pager.allocator.n_bitmaps > 30
+    if number % 20 == 19:
+        assert store.check()["blocks_lost"] == 0
+    store.close()
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+@pytest.mark.parametrize("action", ["reserve", "claim", "create_space"])
+def test_a_read_error_in_the_middle_of_a_reservation_allows_only_an_abort(
+    disk: FaultDisk, at: int, action: str
+) -> None:
+    pages = np.arange(100, dtype=np.int64) * 256
+    store = Store.create(PLACE, "1MiB", page_size=PAGE, spaces=[pages_of(25600)], disk=disk)
+    for page in pages:
+        write(store, store.space("pages"), [page], 1)
+    store.commit()
+    store.close()
+    store = Store.open(PLACE, "1MiB", disk=disk)
+    space = store.space("pages")
+    for page in pages:
+        assert read(store, space, int(page)) == 1
+    disk.inject(Fault(at=at, kinds=("read",)))
+    try:
+        if action == "reserve":
+            store.reserve([(space, pages[:1])])
+        elif action == "claim":
+            write(store, space, pages[:1], 2)
+        else:
+            store.create_space("more", dtype="uint8", row_width=1, n_rows=1)
+    except StoreIOError:
+        try:
+            write(store, space, pages[:1], 2)
+        except TransactionBrokenError:
+            store.abort()
+            write(store, space, pages[:1], 2)
+    disk.inject(None)
+    began = len(disk.log.operations)
+    store.commit()
+    ended = len(disk.log.operations)
+    store.check()
+    for cut in range(began, ended + 1):
+        image = power_cut(disk.log, cut, np.random.default_rng(cut))
+        with Store.open(PLACE, "1MiB", disk=image) as found:
+            found.check()
+
+
+def test_documents_that_json_would_change_are_refused_and_nothing_is_committed(
+    store: Store,
+) -> None:
+    deep: list[Any] = []
+    for _ in range(200):
+        deep = [deep]
+    number = store.commit_number
+    for document in ([1, 2], "abc", 5, True, [["a", 1]], {1: "a"}, {"a": {2: 3}}, {"a": deep}):
+        with pytest.raises(MetaError):
+            store.commit(meta=document)  # type: ignore[arg-type]
+    for value in (float("nan"), float("inf"), object(), np.int64(3), b"x"):
+        with pytest.raises(MetaError):
+            store.commit(meta={"a": value})
+    assert store.commit_number == number
+    store.commit(meta={"a": (1, 2), "é": None})
+    assert store.meta == {"a": [1, 2], "é": None}
+
+
+def test_documents_are_taken_and_given_as_copies(store: Store) -> None:
+    document = {"step": {"number": 1}}
+    store.commit(meta=document, attributes=document)
+    document["step"]["number"] = 2
+    store.meta["step"]["number"] = 3
+    store.attributes["step"]["number"] = 4
+    store.create_space("more", dtype="uint8", row_width=1, n_rows=1)
+    store.commit()
+    assert store.meta == store.attributes == {"step": {"number": 1}}
+
+
+def test_an_interrupt_does_not_leave_jobs_behind() -> None:
+    ended = threading.Event()
+
+    def slow() -> None:
+        time.sleep(0.3)
+        ended.set()
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            with pytest.raises(KeyboardInterrupt):
+                run_all(pool, [slow, slow])
+            assert ended.is_set()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def test_what_waits_for_the_io_lock_is_refused_to_a_thread_that_holds_pages(store: Store) -> None:
+    space = store.create_space("pages", dtype="uint8", row_width=PAGE, n_rows=50)
+    one = np.array([0], np.int64)
+    calls = (
+        lambda: store.fetch(space, one),
+        lambda: store.n_stored_pages(space),
+        store.check,
+        store.close,
+        lambda: store.reserve([(space, one)]),
+        lambda: store.create_space("x", dtype="uint8", row_width=1, n_rows=1),
+        store.commit,
+        store.abort,
+    )
+    store.claim([(space, one)]).release()
+    for hold in (
+        lambda: store.claim([(space, one)]),
+        lambda: store.claim([(space, one)], write=True),
+        store.epoch,
+    ):
+        with hold():
+            for call in calls:
+                with pytest.raises(NestedClaimError):
+                    call()
+    store.check()
+
+
+def test_an_abort_waits_for_readers_of_a_space_that_it_takes_back(store: Store) -> None:
+    space = store.create_space("new", dtype="uint8", row_width=PAGE, n_rows=50)
+    held, release = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.claim([(space, np.array([3]))]):
+            held.set()
+            release.wait(20)
+
+    reader = threading.Thread(target=hold)
+    reader.start()
+    assert held.wait(20)
+    threading.Timer(0.2, release.set).start()
+    store.abort()
+    assert release.is_set()
+    reader.join(20)
+    assert store.spaces == []
+    store.check()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [
+        ("uint8", -1),
+        ("uint8", 300),
+        ("uint64", 2**64),
+        ("int32", 2.5),
+        ("float16", 1e6),
+        ("float32", float("nan")),
+        ("uint8", "x"),
+    ],
+)
+def test_an_initial_value_that_its_dtype_does_not_hold_is_refused(
+    store: Store, dtype: str, value: Any
+) -> None:
+    with pytest.raises(SpaceError, match="initial value"):
+        store.create_space("a", dtype=dtype, row_width=1, n_rows=9, initial=Constant(value))
+    for changes in ({"n_rows": 2.0}, {"row_width": "2"}, {"name": 3}, {"n_rows": True}):
+        with pytest.raises(SpaceError):
+            SpaceSpec(**{**vars(pages_of(4)), **changes})
+    space = store.create_space("b", dtype="int32", row_width=1, n_rows=np.int64(9))  # type: ignore[arg-type]
+    assert type(space.n_rows) is int
+    store.commit(meta={})
+
+
+@pytest.mark.parametrize("page_size", [4096, 65536])
+def test_a_store_opens_with_the_budget_that_its_spaces_were_made_with(
+    tmp_path: Path, page_size: int
+) -> None:
+    budget = budget_min(page_size)
+    with Store.create(tmp_path / "store", budget, page_size=page_size) as store:
+        left = store._pager.account.left_bytes // 4
+        store.create_space("late", dtype="uint8", row_width=page_size, n_rows=left)
+        store.commit()
+    with Store.open(tmp_path / "store", budget) as store:
+        assert store.n_frames >= 8
+
+
+def test_a_check_sees_damage_under_what_the_cache_holds(disk: FaultDisk) -> None:
+    with Store.create(PLACE, "1MiB", page_size=PAGE, spaces=[pages_of(600)], disk=disk) as store:
+        write(store, store.space("pages"), [0, 300, 599], 7)
+        store.commit()
+        store.check()
+        for node in list(store._pager.map._nodes.values()):
+            disk.flip(PLACE / "pages", node.block * 4096 + 8)
+            with pytest.raises(CorruptionError):
+                store.check()
+            disk.flip(PLACE / "pages", node.block * 4096 + 8)
+        store.check()
+
+
+def test_closing_from_two_threads_closes_once(tmp_path: Path) -> None:
+    for number in range(20):
+        store = Store.create(tmp_path / str(number), "1MiB", page_size=PAGE)
+        failures: list[BaseException] = []
+        start = threading.Barrier(2)
+
+        def close(
+            store: Store = store,
+            start: threading.Barrier = start,
+            failures: list[BaseException] = failures,
+        ) -> None:
+            try:
+                start.wait(20)
+                store.close()
+            except BaseException as failure:
+                failures.append(failure)
+
+        threads = [threading.Thread(target=close) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert failures == []
+
+
+def test_a_second_writer_is_kept_out_even_without_the_lock_file(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with Store.create(path, "1MiB", page_size=PAGE):
+        (path / "lock").unlink()
+        with pytest.raises(StoreLockedError):
+            Store.open(path, "1MiB")
+        with pytest.raises(StoreLockedError):
+            Store.open(path, "1MiB", read_only=True)
+    (path / "lock").unlink()
+    with Store.open(path, "1MiB", read_only=True), pytest.raises(StoreLockedError):
+        Store.open(path, "1MiB")
+    Store.open(path, "1MiB").close()
+
+
+def test_a_creation_leaves_files_of_others_alone(tmp_path: Path) -> None:
+    for name in ("pages", "root.new", "root"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(StoreExistsError):
+            Store.create(folder, "1MiB")
+        assert (folder / name).read_text() == "mine"
+        assert [file.name for file in folder.iterdir()] == [name]
