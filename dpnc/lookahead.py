@@ -64,7 +64,7 @@ class LookAhead:
         self._store = store
         self._space = space
         self._plan = Plan(max(1, store.n_frames // 2))
-        self._changed = threading.Condition()
+        self._guard = threading.Lock()
         self._waiting: deque[tuple[Prefetch, Callable[[], Indices]]] = deque()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -73,31 +73,32 @@ class LookAhead:
     def announce(self, pages: Callable[[], Indices]) -> Prefetch:
         """Queue a batch; `pages` is called on the thread and returns its page list."""
         prefetch = Prefetch()
-        with self._changed:
+        with self._guard:
+            self._waiting.append((prefetch, pages))
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="dpnc-look-ahead", daemon=True
                 )
                 self._thread.start()
-            self._waiting.append((prefetch, pages))
-            self._changed.notify()
         return prefetch
 
     def close(self) -> None:
-        """Stop after the wave in flight and join the thread."""
-        with self._changed:
+        """Stop after the wave in flight and wait for the thread."""
+        with self._guard:
             self._closing = True
-            self._changed.notify()
-        if self._thread is not None:
-            self._thread.join()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
 
     def _run(self) -> None:
+        """Work until nothing waits; the thread ends then, and does not keep the store alive."""
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if self._closing:
+            with self._guard:
+                if self._closing or not self._waiting:
+                    self._thread = None
                     for prefetch, _ in self._waiting:
                         prefetch._ended.set()
+                    self._waiting.clear()
                     return
                 prefetch, pages = self._waiting.popleft()
             try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tiers.errors import (
     StoreForkedError,
     StoreFullError,
     StoreIOError,
+    StoreLockedError,
     StoreReadOnlyError,
     TransactionBrokenError,
 )
@@ -629,3 +632,21 @@ def test_other_bad_parameters_are_refused_by_name(tmp_path: Path) -> None:
             dpnc.create(tmp_path / "field", grid(), **{"budget": AMPLE, **changes})  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match="more than the system gives"):
         dpnc.create(tmp_path / "field", grid(), budget="100PiB")
+
+
+def test_a_field_that_nobody_refers_to_can_be_opened_again(tmp_path: Path) -> None:
+    def forget() -> None:
+        field = dpnc.create(tmp_path / "field", grid(), budget=AMPLE, threads=2)
+        x = np.random.default_rng(0).random((5000, 2))
+        field.query(x)
+        assert field.prefetch(x).wait(20)
+
+    forget()
+    for _ in range(100):
+        gc.collect()
+        try:
+            dpnc.open(tmp_path / "field", budget=AMPLE).close()
+            return
+        except StoreLockedError:
+            time.sleep(0.05)
+    raise AssertionError("the lock outlives the field")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -21,6 +22,7 @@ from tiers.catalogue import MetaError
 from tiers.errors import (
     CorruptionError,
     NestedClaimError,
+    NotAStoreError,
     SpaceError,
     StoreExistsError,
     StoreIOError,
@@ -340,3 +342,31 @@ def test_a_creation_leaves_files_of_others_alone(tmp_path: Path) -> None:
             Store.create(folder, "1MiB")
         assert (folder / name).read_text() == "mine"
         assert [file.name for file in folder.iterdir()] == [name]
+
+
+def test_pages_whose_root_is_gone_are_not_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    Store.create(path, "1MiB", page_size=PAGE).close()
+    root = (path / "root").read_bytes()
+    (path / "root").unlink()
+    with pytest.raises(NotAStoreError, match="do not create"):
+        Store.open(path, "1MiB")
+    with pytest.raises(StoreExistsError, match="root is gone"):
+        Store.create(path, "1MiB")
+    (path / "root").write_bytes(root)
+    with Store.open(path, "1MiB") as store:
+        store.check()
+
+
+def test_a_store_that_nobody_refers_to_lets_go_of_its_lock(tmp_path: Path) -> None:
+    def forget() -> None:
+        store = Store.create(tmp_path / "store", "1MiB", page_size=PAGE)
+        store.create_space("pages", dtype="uint8", row_width=PAGE, n_rows=9)
+        store.commit()
+
+    forget()
+    gc.collect()
+    with Store.open(tmp_path / "store", "1MiB") as store:
+        with pytest.raises(StoreLockedError, match="this process"):
+            Store.open(tmp_path / "store", "1MiB")
+        store.check()

@@ -105,6 +105,15 @@ class OsFile:
         self.descriptor = descriptor
         self.direct = direct
 
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            descriptor, self.descriptor = self.descriptor, -1
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        # A store that was never closed must not keep its lock for the life of the process.
+        self.close()
+
 
 class OsDisk:
     """The operating system's own files.
@@ -201,12 +210,12 @@ class OsDisk:
             fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as refused:
             note = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() if signed else ""
-            holder = note if note.isdigit() else "unknown"
+            holder = "this process" if note == str(os.getpid()) else f"process {note or 'unknown'}"
             os.close(descriptor)
             if refused.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise
             raise StoreLockedError(
-                f"{path.parent} is open elsewhere (last writer: process {holder})"
+                f"{path.parent} is open elsewhere (last writer: {holder})"
             ) from None
         if exclusive and signed:
             os.ftruncate(descriptor, 0)
@@ -214,7 +223,8 @@ class OsDisk:
         return OsFile(path, descriptor, direct=False)
 
     def close(self, file: File) -> None:
-        os.close(_descriptor(file))
+        assert isinstance(file, OsFile)
+        file.close()
 
     def rename(self, source: Path, target: Path) -> None:
         os.rename(source, target)

@@ -28,7 +28,7 @@ from tiers.errors import (
     TierError,
 )
 from tiers.page_map import ABSENT_WORD, CATALOGUE, NODES_MIN, TREE_NUMBERS, PageMap
-from tiers.root import ROOT_FILE_BYTES, Root, TreeTop, decode_root_file
+from tiers.root import MAGIC, ROOT_FILE_BYTES, Root, TreeTop, decode_root_file
 from tiers.slots import SlotFile
 
 LOCK_NAME, ROOT_NAME, PAGES_NAME = "lock", "root", "pages"
@@ -64,6 +64,10 @@ class StoreFiles:
             opened = [disk.lock(path / LOCK_NAME, exclusive=True)]
             try:
                 _remove_unfinished(disk, path)
+                root_file = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
+                opened.append(root_file)
+                # From here on a directory with pages is a store, or has a durable root.new.
+                disk.sync_directory(path)
                 store_id = uuid.uuid4().bytes
                 slots = SlotFile.create(
                     disk, path / PAGES_NAME, store_id, page_bytes, size_bytes_max
@@ -71,8 +75,6 @@ class StoreFiles:
                 opened.append(slots.file)
                 root = _write_first_state(slots, store_id)
                 slots.sync()
-                root_file = disk.open(path / NEW_ROOT_NAME, "create", direct=False)
-                opened.append(root_file)
                 root_lock = disk.lock(path / NEW_ROOT_NAME, exclusive=True, signed=False)
                 opened.append(root_lock)
                 files = cls(disk, [opened[0], root_lock], root_file, root, slots)
@@ -198,8 +200,12 @@ def _names_of_store(disk: Disk, path: Path) -> list[str]:
     except NotADirectoryError:
         raise NotAStoreError(f"{path} is a file; a store is a directory") from None
     if ROOT_NAME not in names:
-        unfinished = " (a creation that never finished)" if PAGES_NAME in names else ""
-        raise NotAStoreError(f"{path} is no dpnc store: it has no root file{unfinished}")
+        reason = ""
+        if NEW_ROOT_NAME in names:
+            reason = "; a creation that never finished"
+        elif _looks_lost(names):
+            reason = ", though it has pages; do not create another one over them"
+        raise NotAStoreError(f"{path} is no dpnc store: it has no root file{reason}")
     return names
 
 
@@ -211,11 +217,21 @@ def _close_all(disk: Disk, files: list[File]) -> None:
 def _remove_created(disk: Disk, path: Path) -> None:
     """Remove what a creation wrote, under its lock; the lock file stays, others may wait for it."""
     # The failure that led here is the one to tell. What cannot be removed now, the next creation
-    # takes over, unless it is a whole root: that one keeps its page file.
+    # takes over, unless it is a whole store.
     with suppress(OSError):
-        for name in (ROOT_NAME, NEW_ROOT_NAME, PAGES_NAME):
-            if disk.exists(path / name):
-                disk.unlink(path / name)
+        if disk.exists(path / ROOT_NAME):
+            disk.rename(path / ROOT_NAME, path / NEW_ROOT_NAME)
+        _remove_files(disk, path)
+
+
+def _remove_files(disk: Disk, path: Path) -> None:
+    """Remove pages, then the root.new that says that they are of no store."""
+    if disk.exists(path / PAGES_NAME):
+        disk.sync_directory(path)
+        disk.unlink(path / PAGES_NAME)
+        disk.sync_directory(path)
+    if disk.exists(path / NEW_ROOT_NAME):
+        disk.unlink(path / NEW_ROOT_NAME)
 
 
 def _make_directory(disk: Disk, path: Path) -> None:
@@ -236,18 +252,35 @@ def _require_no_store(disk: Disk, path: Path) -> None:
         names = disk.list_directory(path)
     except NotADirectoryError:
         raise StoreExistsError(f"{path} exists and is a file") from None
-    # A creation makes its lock first: without one, the other names are somebody else's files.
-    ours = {LOCK_NAME, PAGES_NAME, NEW_ROOT_NAME} if LOCK_NAME in names else set()
-    if set(names) - ours:
-        raise StoreExistsError(f"{path} exists and is not empty")
+    if not set(names) - {LOCK_NAME}:
+        return
+    if set(names) - {LOCK_NAME, PAGES_NAME, NEW_ROOT_NAME} or not _is_unfinished(disk, path):
+        lost = " (pages of a store whose root is gone)" if _looks_lost(names) else ""
+        raise StoreExistsError(f"{path} exists and is not empty{lost}")
+
+
+def _is_unfinished(disk: Disk, path: Path) -> bool:
+    """Return whether a creation that was cut short left a root.new here."""
+    if not disk.exists(path / NEW_ROOT_NAME):
+        return False
+    file = disk.open(path / NEW_ROOT_NAME, "read", direct=False)
+    try:
+        start = np.zeros(min(len(MAGIC), disk.size(file)), np.uint8)
+        disk.read_batch(file, [0], [start])
+    finally:
+        disk.close(file)
+    # It is empty before the first root; a write that was torn may have left zeros.
+    return start.tobytes() in (b"", bytes(len(MAGIC)), MAGIC)
+
+
+def _looks_lost(names: list[str]) -> bool:
+    return PAGES_NAME in names and ROOT_NAME not in names and NEW_ROOT_NAME not in names
 
 
 def _remove_unfinished(disk: Disk, path: Path) -> None:
     """Remove what a creation that was cut short left behind; the lock is held."""
     _require_no_store(disk, path)
-    for name in (PAGES_NAME, NEW_ROOT_NAME):
-        if disk.exists(path / name):
-            disk.unlink(path / name)
+    _remove_files(disk, path)
 
 
 def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
