@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -65,6 +66,25 @@ Threads = Annotated[
 StorePath = Annotated[Path, typer.Argument(help="Directory of the store.")]
 
 
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if that was asked for."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"dpnc {version('dpnc')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Neural fields larger than memory, kept safe on disk."""
+
+
 @app.command(
     epilog="""Examples:
 
@@ -100,6 +120,7 @@ def demo(
         from dpnc.demo import Plan, report_tables, run_demo
 
         plan = Plan.of(image=image, steps=steps, config=config)
+        plan.require_drawable()
         report = run_demo(plan, out, progress)
     if json_only:
         print_json(report)
@@ -200,7 +221,10 @@ def fit(
     else:
         typer.echo(f"{store} is committed at step {result['step']}, digest {result['digest']}")
     if stopped:
-        errors.print(f"to go on: dpnc fit --resume {image} {store} --steps {steps}")
+        again = ["dpnc", "fit", "--resume", str(image), str(store), "--steps", str(steps)]
+        again += ["--budget", budget, "--commit-every", str(commit_every)]
+        again += [] if threads is None else ["--threads", str(threads)]
+        errors.print(f"to go on: {shlex.join(again)}", highlight=False, soft_wrap=True)
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
@@ -306,6 +330,9 @@ def guarded() -> Iterator[None]:
     except (FieldError, TierError) as error:
         complain("refused", error)
         raise typer.Exit(EXIT_ERROR) from None
+    except OSError as error:
+        complain("refused by the system", error)
+        raise typer.Exit(EXIT_ERROR) from None
     except KeyboardInterrupt:
         errors.print("interrupted; what was committed is kept")
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -321,6 +348,9 @@ def run_fit(image_fit: ImageFit, steps: int, commit_every: int) -> tuple[bool, f
     from dpnc.stop import StopRequest
 
     loss = None
+    if image_fit.step_count >= steps:
+        errors.print(f"the fit is at step {image_fit.step_count} already; nothing to do")
+        return False, loss
     with progress_bar() as progress:
         task = progress.add_task("fitting", total=steps, completed=image_fit.step_count)
 
@@ -410,6 +440,7 @@ def print_description(document: dict[str, Any]) -> None:
 
     encoding, meta = document["encoding"], document["meta"]
     stored = document["stats"]["stored_bytes"]
+    nvme = document["stats"]["tiers"]["nvme"]
     mib = 1 << 20
     console = Console()
     console.print(
@@ -419,6 +450,7 @@ def print_description(document: dict[str, Any]) -> None:
     )
     console.print(
         f"on disk: {', '.join(f'{name} {n / mib:.1f} MiB' for name, n in stored.items())}; "
+        f"file {nvme['file_bytes'] / mib:.1f} MiB, {nvme['used_bytes'] / mib:.1f} in use; "
         f"{document['updates']} updates",
         highlight=False,
     )

@@ -59,8 +59,9 @@ class Field:
         record = store.attributes.get("field")
         if not isinstance(record, dict) or record.get("format") != FIELD_FORMAT:
             found = record.get("format") if isinstance(record, dict) else None
+            what = "no field" if found is None else f"a field of format {found!r}"
             raise FieldFormatError(
-                f"{store.path} holds no field of format {FIELD_FORMAT}, but {found!r}"
+                f"{store.path} holds {what}; this library reads format {FIELD_FORMAT}"
             )
         try:
             self.encoding = HashGrid.from_dict(record["encoding"])

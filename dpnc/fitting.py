@@ -181,8 +181,8 @@ class ImageFit:
         progress = progress_of(field.meta)
         if progress.picture_sha256 != _sha256(pixels):
             raise ImageError(
-                f"the store was fitted to another picture, of {progress.width} x "
-                f"{progress.height} pixels; this one has {pixels.shape[1]} x {pixels.shape[0]}"
+                f"the store was fitted to another picture (of {progress.width} x "
+                f"{progress.height} pixels) or the picture has changed since"
             )
         return cls(field, pixels, progress)
 

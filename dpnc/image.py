@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+    from PIL import Image
 
 SIDE_PIXELS_MAX = 1 << 16
+DEEP_WHITE = 65535
+"""White in a picture of 16 bits a channel."""
 BLOCK_EDGE_PIXELS = 128
 
 
@@ -31,8 +34,9 @@ def load(path: str | Path) -> NDArray[np.float32]:
     Parameters
     ----------
     path : str or Path
-        A PNG, a JPEG, or whatever else Pillow reads. Grey pictures become three equal channels,
-        transparency is dropped.
+        A PNG, a JPEG, or whatever else Pillow reads. Grey pictures become three equal channels, 16
+        bits a channel keep their precision, transparency is laid over white, and a camera's note
+        of how it was held (EXIF) is obeyed.
 
     Returns
     -------
@@ -49,9 +53,25 @@ def load(path: str | Path) -> NDArray[np.float32]:
         raise ImageError(f"no picture at {str(path)!r}")
     try:
         with image_class.open(path) as picture:
-            bytes_rgb = np.asarray(picture.convert("RGB"), dtype=np.uint8)
+            return _pixels(picture)
     except (OSError, SyntaxError, ValueError, image_class.DecompressionBombError) as error:
         raise ImageError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+
+
+def _pixels(picture: Image.Image) -> NDArray[np.float32]:
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith("I") or upright.mode == "F":
+        values = np.asarray(upright, dtype=np.float64)
+        if not (values.min(initial=0) >= 0 and values.max(initial=0) <= DEEP_WHITE):
+            raise ValueError(f"values of mode {upright.mode} are not in 0 .. {DEEP_WHITE}")
+        grey = (values / DEEP_WHITE).astype(np.float32)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if upright.has_transparency_data:
+        opaque = upright.convert("RGBA")
+        upright = Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque)
+    bytes_rgb = np.asarray(upright.convert("RGB"), dtype=np.uint8)
     return bytes_rgb.astype(np.float32) / np.float32(255.0)
 
 

@@ -254,3 +254,9 @@ def test_exit_codes_are_documented():
     text = " ".join(run("--help").stdout.split())
     for code in (cli.EXIT_ERROR, cli.EXIT_USAGE, cli.EXIT_NOT_INTACT, cli.EXIT_INTERRUPTED):
         assert f" {code} " in text
+
+
+def test_the_version_is_told():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("dpnc 0.")

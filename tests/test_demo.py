@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -187,3 +188,10 @@ def test_a_panel_shows_pictures_of_any_proportion(tmp_path, shape):
         tmp_path / "panel.png", original, original + np.float32(0.1), residency, (0, 0, 0.5, 0.5)
     )
     assert load(tmp_path / "panel.png").shape[1] > 1000
+
+
+def test_a_picture_too_small_is_refused_before_anything_is_fitted(tmp_path):
+    Image.new("RGB", (40, 5)).save(tmp_path / "thin.png")
+    result = CliRunner().invoke(cli.app, ["demo", "--image", str(tmp_path / "thin.png")])
+    assert result.exit_code == 1
+    assert "40 x 5" in result.stderr

@@ -13,7 +13,7 @@ def python_blocks(document):
     return re.findall(r"^```python\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("document", ["docs/guide.md", "README.md"])
+@pytest.mark.parametrize("document", ["docs/guide.md", "docs/durability.md", "README.md"])
 def test_the_code_in_a_document_runs(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = python_blocks(document)

@@ -26,7 +26,7 @@ def write_picture(path, mode="RGB", size=(5, 3)):
 
 @pytest.mark.parametrize(
     ("mode", "suffix"),
-    [("RGB", "png"), ("L", "png"), ("RGBA", "png"), ("RGB", "jpg"), ("L", "jpg")],
+    [("RGB", "png"), ("L", "png"), ("RGB", "jpg"), ("L", "jpg")],
 )
 def test_a_picture_loads_as_float32_rows_of_rgb(tmp_path, mode, suffix):
     pixels = image.load(write_picture(tmp_path / f"a.{suffix}", mode))
@@ -101,3 +101,30 @@ def test_psnr_of_a_known_error():
     reference = np.zeros((2, 2, 3), dtype=np.float32)
     assert image.psnr_db(reference, reference) == math.inf
     assert image.psnr_db(reference + np.float32(0.1), reference) == pytest.approx(20.0, abs=1e-4)
+
+
+def test_sixteen_bits_keep_their_precision(tmp_path):
+    values = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    pixels = image.load(tmp_path / "deep.png")
+    assert np.array_equal(pixels[..., 0], (values / 65535).astype(np.float32))
+    assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    layers = np.zeros((2, 2, 4), np.uint8)
+    layers[0, 0] = (10, 20, 30, 255)
+    layers[1, 1] = (0, 0, 0, 51)
+    Image.fromarray(layers).save(tmp_path / "thin.png")
+    pixels = np.rint(image.load(tmp_path / "thin.png") * 255)
+    assert pixels[0, 0].tolist() == [10, 20, 30]
+    assert pixels[0, 1].tolist() == [255, 255, 255]
+    assert pixels[1, 1].tolist() == [204, 204, 204]
+
+
+def test_a_picture_is_turned_as_its_camera_was_held(tmp_path):
+    picture = Image.fromarray(np.zeros((4, 6, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert image.load(tmp_path / "turned.jpg").shape == (6, 4, 3)

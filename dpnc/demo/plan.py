@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dpnc import Adam, HashGrid, Head
 
 MIB = 1 << 20
+SIDE_PIXELS_MIN = 32
 STEPS_FULL = 450
 
 
@@ -96,6 +97,15 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             raise ConfigError(f"{path} cannot be read: {refused.strerror}") from refused
         except msgspec.DecodeError as refused:
             raise ConfigError(f"{path}: {refused}") from refused
+
+    def require_drawable(self) -> None:
+        """Raise `ImageError` if the picture cannot be read, or is too small to draw a part of."""
+        height, width, _ = self.pixels().shape
+        if min(height, width) < SIDE_PIXELS_MIN:
+            raise ImageError(
+                f"the demonstration needs a picture of at least {SIDE_PIXELS_MIN} pixels a side, "
+                f"not {width} x {height}"
+            )
 
     @property
     def is_full(self) -> bool:
