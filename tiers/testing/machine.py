@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -138,13 +139,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(fetches=st.lists(st.tuples(_seeds, _pages), min_size=1, max_size=4))
     def read_in_epoch(self, fetches: list[tuple[int, set[int]]]) -> None:
         """Frames seen mapped keep their bytes to the end of the epoch, whatever is evicted."""
-        with self.store.epoch():
+        # A thread that holds an epoch is refused what another one may do.
+        with ThreadPoolExecutor(1) as other, self.store.epoch():
             seen = {}
             for space in self.store.spaces:
                 for page in np.flatnonzero(space.page_table >= 0).tolist():
                     seen[int(space.page_table[page])] = self.model.read(space.name, page)
             for which, pages in fetches:
-                self.store.fetch(*self._choose(which, pages))
+                other.submit(self.store.fetch, *self._choose(which, pages)).result()
                 for frame, content in seen.items():
                     assert self.store.arena[frame].tobytes() == content, (
                         "a frame was reused too early"
