@@ -197,7 +197,7 @@ def figure_lines(report: Report) -> list[tuple[str, str, str]]:
     return [
         ("picture", f"{report.width} x {report.height}", f"{plan.steps} steps"),
         (
-            "field on disk",
+            "field and state",
             mib(report.materialised_bytes),
             f"features {mib(report.field_bytes)}, optimiser {mib(report.state_bytes)}",
         ),
