@@ -114,7 +114,9 @@ class LookAhead:
         prefetch.n_pages = len(needed)
         absent = needed[~self._store.resident(self._space, needed)]
         ticket = self._plan.add(absent)
-        while ticket.n_left and not prefetch._cancelled and not self._closing:
-            wave = self._plan.next_wave(WAVE_PAGES)
-            prefetch.n_fetched += self._store.fetch(self._space, wave)
-        self._plan.cancel(ticket)
+        try:
+            while ticket.n_left and not prefetch._cancelled and not self._closing:
+                wave = self._plan.next_wave(WAVE_PAGES)
+                prefetch.n_fetched += self._store.fetch(self._space, wave)
+        finally:
+            self._plan.cancel(ticket)

@@ -321,6 +321,25 @@ def test_look_ahead_survives_what_goes_wrong_in_it(tmp_path: Path) -> None:
         assert field.stats()["prefetch_failed"] == 1
 
 
+def test_a_prefetch_that_failed_leaves_nothing_in_the_plan() -> None:
+    disk = FaultDisk()
+    with field_on(disk) as field:
+        x, grad = batches(1, 3000, 2, field.encoding.n_output_dims, spread=1.0)[0]
+        field.update(x, grad)
+        field.commit()
+    with dpnc.open("/machine/field", budget=AMPLE, disk=disk) as field:
+        disk.inject(Fault(at=3, kinds=("read",), persistent=True))
+        failed = field.prefetch(x)
+        assert failed.wait(20)
+        assert isinstance(failed.error, StoreIOError)
+        assert len(field._look_ahead._plan) == 0
+        disk.inject(None)
+        again = field.prefetch(x)
+        assert again.wait(20)
+        assert again.error is None
+        assert (field.residency(x) == 1).all()
+
+
 def test_closing_waits_for_queries_and_later_ones_are_told(tmp_path: Path) -> None:
     field = dpnc.create(tmp_path / "field", grid(), budget=AMPLE, threads=2)
     x = np.random.default_rng(0).random((20000, 2))

@@ -72,7 +72,7 @@ class Pager:
     Attributes
     ----------
     frames : Frames
-        None until `make_frames`, which takes what page tables have left of the budget.
+        Made by `make_frames`, of what page tables have left of the budget.
     spaces : dict of int to Space
     """
 
