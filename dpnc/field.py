@@ -492,6 +492,8 @@ def create(
     }
 
     def prepare(store: Store) -> None:
+        # Refused here, a budget that is too small leaves nothing behind.
+        TrainedRows(store, "features", optimizer)
         if head is not None:
             _write_head(store, head.initial(encoding.n_output_dims, seed))
         store.commit(attributes={"field": record})

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from dpnc.optim import SGD, Adam, PagedRows
 from dpnc.workers import Workers
 from tiers import Space, Store
+from tiers.errors import BudgetError
+from tiers.memory import budget_min
 
 Indices = npt.NDArray[np.int64]
 Gradients = npt.NDArray[np.float32]
@@ -28,6 +30,11 @@ class TrainedRows:
     name : str
         Name of the space of parameters; the state is in the space ``name + ".state"``.
     optimizer : Adam, SGD or None
+
+    Raises
+    ------
+    tiers.errors.BudgetError
+        If the budget is too small for the page tables that kernels read, naming the least.
     """
 
     def __init__(self, store: Store, name: str, optimizer: Adam | SGD | None) -> None:
@@ -36,6 +43,14 @@ class TrainedRows:
         self.params = store.space(name)
         has_state = optimizer is not None and optimizer.state_width(self.params.row_width) > 0
         self.state = store.space(f"{name}.state") if has_state else None
+        spaces = [self.params] if self.state is None else [self.params, self.state]
+        for space in spaces:
+            if not space.is_dense:
+                raise BudgetError(
+                    f"a DRAM budget of {store.budget.dram_bytes} bytes is too small for the page "
+                    f"table of {space.name!r}, {space.n_pages} pages of {store.page_bytes} bytes; "
+                    f"the least is {budget_min(store.page_bytes, spaces, dense=True)} bytes"
+                )
 
     def view(self, space: Space) -> npt.NDArray[Any]:
         """Return the arena as values (n_frames, values a page); float16 as uint16 bits."""

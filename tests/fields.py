@@ -11,7 +11,7 @@ import dpnc
 from tiers.allocator import BLOCK_BYTES
 from tiers.frames import BYTES_PER_FRAME_RECORD
 from tiers.page_map import NODES_MIN
-from tiers.pager import budget_min
+from tiers.memory import budget_min
 
 AMPLE = "64MiB"
 

@@ -2,20 +2,76 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import page_faults
+from bench import cgroup, page_faults
+from bench.contenders import CONTENDERS
+from bench.patterns import PATTERNS, batches
+
+SIZES = ["--mib", "32", "--cache-mib", "8", "--batch", "8", "--seconds", "0.05", "--rounds", "1"]
 
 
-def test_page_faults_measures_every_contender(
-    tmp_path: object, capsys: pytest.CaptureFixture[str]
+def test_page_faults_measures_every_contender_or_says_why_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--mib", "16", "--batch", "8", "--batches", "2", "--rounds", "1"]
-    page_faults.main([*sizes, "--directory", str(tmp_path), "--json"])
-    rates = json.loads(capsys.readouterr().out)["pages_per_second"]
-    assert set(rates) == {"direct reads", "store", "memmap, WILLNEED", "memmap, RANDOM"}
-    assert all(rate > 0 for rate in rates.values())
-    page_faults.main([*sizes, "--directory", str(tmp_path)])
-    assert "of ceiling" in capsys.readouterr().out
+    page_faults.main([*SIZES, "--directory", str(tmp_path), "--patterns", "zipf", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    measured = found["patterns"]["zipf"]
+    assert {"direct reads", "store"} <= set(measured)
+    assert set(measured) | set(found["refused"]) - {"fio"} == {each.name for each in CONTENDERS}
+    assert all(figure > 0 for row in measured.values() for figure in row.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_page_faults_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [*SIZES, "--directory", str(tmp_path), "--patterns", "uniform"]
+    page_faults.main([*sizes, "--only", "direct reads", "store"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("store") and " 1.00" in line for line in lines)
+
+
+def test_page_faults_passes_over_what_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "MEMORY", tmp_path / "none")
+    sizes = [*SIZES, "--directory", str(tmp_path), "--patterns", "uniform"]
+    page_faults.main([*sizes, "--only", "direct reads", "memmap, RANDOM"])
+    assert "without memmap, RANDOM: there is no memory cgroup" in capsys.readouterr().out
+
+
+def test_page_faults_refuses_batches_that_no_cache_holds(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        page_faults.main(["--mib", "8", "--cache-mib", "1", "--directory", str(tmp_path)])
+
+
+def test_help_names_every_contender(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        page_faults.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(each.name in text for each in CONTENDERS)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_is_the_same_for_every_contender(pattern: str) -> None:
+    first = list(itertools.islice(batches(pattern, 500, 20, 60, seed=3), 30))
+    again = list(itertools.islice(batches(pattern, 500, 20, 60, seed=3), 30))
+    other = list(itertools.islice(batches(pattern, 500, 20, 60, seed=4), 30))
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a, b)
+        assert len(a) == 20 and a.min() >= 0 and a.max() < 500 and (np.diff(a) > 0).all()
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_zipf_has_popular_pages_and_sliding_a_window() -> None:
+    counts = np.bincount(
+        np.concatenate(list(itertools.islice(batches("zipf", 500, 20, 60, seed=1), 200))),
+        minlength=500,
+    )
+    assert np.sort(counts)[-25:].sum() > 0.3 * counts.sum()
+    window = next(batches("sliding", 500, 20, 60, seed=1))
+    assert window.max() < 60

@@ -1,4 +1,4 @@
-"""Small parts, each alone: budget, initial values, CLOCK, plan, sharing, workers."""
+"""Small parts, each alone: budget, initial values, plan, sharing, workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from prefetch import Plan
 from tiers import Budget, Constant, Space, SpaceSpec, Uniform, parse_size
 from tiers.budget import Account
 from tiers.errors import BudgetError, SpaceError
-from tiers.policies import Clock
 
 
 @pytest.mark.parametrize(
@@ -82,61 +81,6 @@ def test_uniform_rows_equal_the_definition_in_plain_integers(page: int, seed: in
         assert values[place] == np.float32(-2) + unit * np.float32(7)
     assert -2 <= values.min() <= values.max() < 5
     assert abs(values.mean() - 1.5) < 0.4
-
-
-class ModelClock:
-    """CLOCK, one frame a step."""
-
-    def __init__(self, n_frames: int) -> None:
-        self.touched = [False] * n_frames
-        self.hand = 0
-
-    def victims(self, count: int, evictable: list[bool]) -> list[int]:
-        chosen: list[int] = []
-        for _ in range(2 * len(self.touched)):
-            if len(chosen) == count:
-                break
-            frame = self.hand
-            self.hand = (self.hand + 1) % len(self.touched)
-            if not evictable[frame] or frame in chosen:
-                continue
-            if self.touched[frame]:
-                self.touched[frame] = False
-            else:
-                chosen.append(frame)
-        return chosen
-
-
-@given(
-    n_frames=st.integers(1, 12),
-    rounds=st.lists(
-        st.tuples(
-            st.lists(st.integers(0, 11), max_size=8), st.integers(0, 6), st.integers(0, 4095)
-        ),
-        max_size=12,
-    ),
-    step=st.integers(1, 14),
-)
-def test_clock_chooses_what_a_hand_that_steps_chooses(
-    n_frames: int, rounds: list[tuple[list[int], int, int]], step: int
-) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiers.policies.clock.STEP_FRAMES", step)
-        compare_clocks(n_frames, rounds)
-
-
-def compare_clocks(n_frames: int, rounds: list[tuple[list[int], int, int]]) -> None:
-    clock, model = Clock(n_frames), ModelClock(n_frames)
-    for accessed, count, pinned in rounds:
-        frames = np.unique([frame % n_frames for frame in accessed]).astype(np.int64)
-        clock.access(frames)
-        for frame in frames:
-            model.touched[frame] = True
-        evictable = [not pinned >> frame & 1 for frame in range(n_frames)]
-        can_go = np.array(evictable)
-        chosen = clock.victims(count, lambda frames, can_go=can_go: can_go[frames])
-        assert chosen.tolist() == model.victims(count, evictable)
-        assert clock.touched.astype(bool).tolist() == model.touched
 
 
 @given(

@@ -77,12 +77,17 @@ def write_pages_in_place(patch):
 
 
 def reuse_blocks_before_the_commit(patch):
-    def give_back(self, block, n_blocks):
-        self._clear(block, n_blocks)
-        number = block // BITMAP_BLOCKS
-        self._summarise(number, self._tree.bitmap(number))
+    give_back = Allocator.give_back
 
-    patch.setattr(Allocator, "give_back", give_back)
+    def free_at_once(self, block, n_blocks, version):
+        give_back(self, block, n_blocks, version)
+        number = block // BITMAP_BLOCKS
+        bitmap = self._tree.private_bitmap(number)
+        bitmap &= ~self._pending.pop(number)
+        self._used -= n_blocks
+        self._summarise(number, bitmap)
+
+    patch.setattr(Allocator, "give_back", free_at_once)
 
 
 def build_on_a_root_that_may_not_be_durable(patch):

@@ -129,11 +129,12 @@ def new_disk():
     return disk
 
 
-def finished_session():
+def finished_session(*, close=True):
     session = Session(new_disk())
     for step in session.steps():
         step()
-    session.store.close()
+    if close:
+        session.store.close()
     return session
 
 
@@ -182,8 +183,10 @@ def assert_right_or_refused(disk, states):
 
 
 def check_flips(n_flips=60):
-    """Flip one byte anywhere in a closed store; the last commit is there or refused."""
-    session = finished_session()
+    """Flip one byte anywhere after a kill; the last commit is there or refused."""
+    session = finished_session(close=False)
+    # A store that is closed leaves its last root in both slots, which hides a root of one copy.
+    session.disk.power_off()
     rng = np.random.default_rng(11)
     outcomes = set()
     for path in FILES:
@@ -331,21 +334,20 @@ def test_there_is_one_writer(make_disk, tmp_path):
     else:
         path = tmp_path / "store"
     with Store.create(path, BUDGET, page_size=PAGE_BYTES, disk=disk):
-        for read_only in (False, True):
-            with pytest.raises(StoreLockedError):
-                Store.open(path, BUDGET, disk=disk, read_only=read_only)
-    with (
-        Store.open(path, BUDGET, disk=disk, read_only=True),
-        Store.open(path, BUDGET, disk=disk, read_only=True),
-        pytest.raises(StoreLockedError),
-    ):
-        Store.open(path, BUDGET, disk=disk)
+        with pytest.raises(StoreLockedError):
+            Store.open(path, BUDGET, disk=disk)
+        with (
+            Store.open(path, BUDGET, disk=disk, read_only=True),
+            Store.open(path, BUDGET, disk=disk, read_only=True),
+            pytest.raises(StoreLockedError),
+        ):
+            Store.open(path, BUDGET, disk=disk)
     Store.open(path, BUDGET, disk=disk).close()
 
 
 def test_a_reader_changes_nothing():
     session = finished_session()
-    length = len(session.disk.log.operations)
+    files = {path: session.disk.content(path) for path in FILES}
     with Store.open(PATH, BUDGET, disk=session.disk, read_only=True) as store:
         assert session.model.committed.difference(store) is None
         store.check()
@@ -360,7 +362,8 @@ def test_a_reader_changes_nothing():
                 change()
         with pytest.raises(StoreReadOnlyError), store.write_section():
             pass
-    assert len(session.disk.log.operations) == length
+    assert {path: session.disk.content(path) for path in FILES} == files
+    assert session.disk.list_directory(PATH / "readers") == []
 
 
 def test_a_closed_store_says_so():

@@ -1,12 +1,16 @@
 """Which blocks of the page file are free.
 
 The truth is a bitmap, one bit a 4 KiB block (1 = used), kept as the objects of a copy-on-write tree
-of the page map, so it commits and aborts with everything else. One bitmap object covers 32,768
-blocks (128 MiB). Beside it lives a summary in memory: free slots and free odd blocks of each
-object.
+of the page map, so it commits and aborts with everything else. One bitmap object covers a *group*
+of 32,768 blocks (128 MiB). Beside it lives a summary in memory: free slots and free odd blocks of
+each group that was looked at; the others are looked at when the known ones do not suffice.
 
 A *slot* is an aligned run of `blocks_per_slot` blocks that holds one page. Single blocks, for map
-nodes, are taken from slots that are broken already before a whole one is broken.
+nodes, are taken from slots that are broken already before a whole one is broken. The first slots
+of each group hold the tags of the others (`tiers.tags`) and are never taken.
+
+What a commit freed is *held* while a reader in another process may still look at the state before
+it.
 """
 
 from __future__ import annotations
@@ -21,8 +25,22 @@ from tiers.errors import StoreFullError
 BLOCK_BYTES = 4096
 BITMAP_BLOCKS = BLOCK_BYTES * 8
 SPARE_BLOCKS = 16
+TAG_BYTES = 32
+GROUPS_A_SEARCH = 64
+"""Groups looked at for free slots before the file is made longer."""
+UNKNOWN = -1
 
 Bitmap = npt.NDArray[np.uint8]
+
+
+def tag_slots(number: int, blocks_per_slot: int) -> tuple[int, int]:
+    """Return the slots (first, stop) of a group, counted from its start, that hold its tags.
+
+    The very first slot of the file is its header.
+    """
+    first = int(number == 0)
+    n_slots = BITMAP_BLOCKS // blocks_per_slot
+    return first, first - (-n_slots * TAG_BYTES // (blocks_per_slot * BLOCK_BYTES))
 
 
 class BitmapTree(Protocol):
@@ -48,46 +66,90 @@ class Allocator:
         Power of two.
     file_blocks : int
         Blocks that the committed root says the file has.
+    used_blocks : int or None
+        How many of them it says are used; counted if None.
     grow : Growth
+    has_tags : bool
+        Whether groups begin with slot tags.
+
+    Attributes
+    ----------
+    kept_version : int
+        Blocks written by this version or before it are kept when they are given back: a snapshot
+        may refer to them.
+    limit_blocks : int or None
+        Take nothing from this block on; see `set_limit`.
     """
 
     def __init__(
-        self, tree: BitmapTree, blocks_per_slot: int, file_blocks: int, grow: Growth
+        self,
+        tree: BitmapTree,
+        blocks_per_slot: int,
+        file_blocks: int,
+        used_blocks: int | None,
+        grow: Growth,
+        *,
+        has_tags: bool,
     ) -> None:
         self._tree = tree
         self._grow = grow
+        self._has_tags = has_tags
         self.blocks_per_slot = blocks_per_slot
-        self.file_blocks = file_blocks
-        self.pending_free: list[tuple[int, int]] = []
+        self.kept_version = 0
+        self.limit_blocks: int | None = None
         self.spare: list[int] = []
-        self._free_slots: list[int] = []
-        self._free_odd: list[int] = []
         self._cursor = 0
-        self.recount()
+        self._pending: dict[int, Bitmap] = {}
+        self._held: list[tuple[int, dict[int, Bitmap]]] = []
+        self.begin(file_blocks, used_blocks)
 
-    def recount(self) -> None:
-        """Read every bitmap object and rebuild the summary; after open and after abort."""
-        self.pending_free.clear()
+    def begin(self, file_blocks: int, used_blocks: int | None) -> None:
+        """Forget what the open transaction took and freed; after open and after abort."""
+        self.file_blocks = file_blocks
+        self._pending.clear()
         self.spare.clear()
-        self._free_slots = []
-        self._free_odd = []
-        self._cursor = 0
-        for number in range(self.n_bitmaps):
-            self._summarise(number, self._tree.bitmap(number))
+        self._forget_summary()
+        if used_blocks is None:
+            self._search(self.n_bitmaps, self.n_bitmaps * BITMAP_BLOCKS)
+            held = sum(_count(bits) for _, freed in self._held for bits in freed.values())
+            used_blocks = file_blocks - self._known_slots() * self.blocks_per_slot
+            used_blocks -= self._known_odd() + held
+        self._used = used_blocks
 
     @property
     def n_bitmaps(self) -> int:
         return -(-self.file_blocks // BITMAP_BLOCKS)
 
     @property
-    def free_blocks(self) -> int:
-        """Blocks that can be taken without growing the file."""
-        return sum(self._free_slots) * self.blocks_per_slot + sum(self._free_odd) + len(self.spare)
+    def used_blocks(self) -> int:
+        """Blocks that the open transaction or the last commit uses, header and tags included."""
+        return self._used - len(self.spare)
 
     @property
-    def used_blocks(self) -> int:
-        """Blocks that the open transaction or the last commit uses, the file's header included."""
-        return self.file_blocks - self.free_blocks
+    def held_blocks(self) -> int:
+        """Blocks that are free but for readers of earlier commits."""
+        return sum(_count(bits) for _, freed in self._held for bits in freed.values())
+
+    @property
+    def bookkeeping_bytes(self) -> int:
+        """Memory that waiting frees take."""
+        n_bitmaps = len(self._pending) + sum(len(freed) for _, freed in self._held)
+        return n_bitmaps * BLOCK_BYTES + 16 * len(self._free_slots)
+
+    def set_limit(self, limit_blocks: int | None) -> None:
+        """Take nothing from block `limit_blocks` on, so that the file can be cut there."""
+        self.limit_blocks = limit_blocks
+        self._forget_summary()
+
+    def waiting(self, number: int) -> npt.NDArray[np.bool_]:
+        """Return which blocks of a group are used only until the next commit."""
+        waits = np.zeros(BITMAP_BLOCKS, np.bool_)
+        if number in self._pending:
+            waits |= _unpacked(self._pending[number])
+        for block in self.spare:
+            if block // BITMAP_BLOCKS == number:
+                waits[block % BITMAP_BLOCKS] = True
+        return waits
 
     def ensure(self, n_slots: int, n_blocks: int) -> None:
         """See to it that so many slots and single blocks can be taken, growing the file if need be.
@@ -97,20 +159,20 @@ class Allocator:
         StoreFullError
             If they cannot; nothing has been taken.
         """
-        odd = sum(self._free_odd) + len(self.spare)
-        slots_wanted = n_slots + -(-max(0, n_blocks - odd) // self.blocks_per_slot)
-        # One spare refill may break a slot for other bitmaps' sake.
-        missing = slots_wanted + 1 - sum(self._free_slots)
+        if self._missing(n_slots, n_blocks) > 0:
+            self._search(GROUPS_A_SEARCH, self._wanted(n_slots, n_blocks))
+        missing = self._missing(n_slots, n_blocks)
         if missing <= 0:
             return
-        blocks_min = self._round_up(self.file_blocks) + missing * self.blocks_per_slot
-        self.file_blocks = self._grow(blocks_min, max(blocks_min, blocks_min + blocks_min // 8))
-        first_changed = len(self._free_slots) - 1
-        for number in range(max(0, first_changed), self.n_bitmaps):
-            self._summarise(number, self._tree.bitmap(number))
+        try:
+            self._lengthen(missing)
+        except StoreFullError:
+            self._search(self.n_bitmaps, self._wanted(n_slots, n_blocks))
+            if self._missing(n_slots, n_blocks) > 0:
+                raise
 
     def take_slots(self, count: int) -> npt.NDArray[np.int64]:
-        """Take `count` slots; return the first block of each, ascending in each bitmap object.
+        """Take `count` slots; return the first block of each, ascending in each group.
 
         Raises
         ------
@@ -125,14 +187,12 @@ class Allocator:
             if left == 0:
                 break
             number = (first + step) % n_bitmaps
-            if self._free_slots[number] == 0:
+            if self._free_slots[number] <= 0:
                 continue
             bitmap = self._tree.private_bitmap(number)
             bits = self._bits(number, bitmap)
             chosen = np.flatnonzero(~bits.any(axis=1))[:left]
-            bits[chosen] = 1
-            self._store_bits(number, bitmap, bits)
-            self._summarise(number, bitmap)
+            self._mark(number, bitmap, bits, chosen, slice(None))
             taken.append(chosen * self.blocks_per_slot + number * BITMAP_BLOCKS)
             left -= len(chosen)
             self._cursor = number
@@ -147,39 +207,151 @@ class Allocator:
             self._refill()
         return self.spare.pop()
 
-    def give_back(self, block: int, n_blocks: int) -> None:
-        """Free blocks of the committed state; they can be taken again after the next commit."""
-        self.pending_free.append((block, n_blocks))
-        # Made private now, so that a commit allocates nothing.
-        self._tree.private_bitmap(block // BITMAP_BLOCKS)
+    def give_back(self, block: int, n_blocks: int, version: int | None) -> None:
+        """Free blocks of the committed state; they can be taken again after the next commit.
+
+        Parameters
+        ----------
+        block, n_blocks : int
+        version : int or None
+            Which version wrote them; a snapshot may keep them then. None if none can.
+        """
+        if version is not None and version <= self.kept_version:
+            return
+        number, first = divmod(block, BITMAP_BLOCKS)
+        bits = self._pending.get(number)
+        if bits is None:
+            bits = self._pending.setdefault(number, np.zeros(BITMAP_BLOCKS // 8, np.uint8))
+            # Made private now, so that a commit allocates nothing.
+            self._tree.private_bitmap(number)
+        if n_blocks % 8 == 0:
+            bits[first // 8 : (first + n_blocks) // 8] = 0xFF
+            return
+        for bit in range(first, first + n_blocks):
+            bits[bit >> 3] |= np.uint8(1 << (bit & 7))
 
     def settle(self) -> None:
         """Write pending frees and unused spares into the bitmaps; a commit is past return then."""
+        # A spare block lies in a group whose bitmap is private since it was taken.
         for block in self.spare:
-            self.pending_free.append((block, 1))
+            self.give_back(block, 1, None)
         self.spare.clear()
-        for block, n_blocks in self.pending_free:
-            self._clear(block, n_blocks)
+        for number, freed in self._pending.items():
+            bitmap = self._tree.private_bitmap(number)
+            assert (bitmap[: BITMAP_BLOCKS // 8] & freed == freed).all(), "freed what is free"
+            bitmap[: BITMAP_BLOCKS // 8] &= ~freed
+            self._used -= _count(freed)
 
-    def committed(self) -> None:
-        """Let what the durable commit freed be taken."""
-        for number in {block // BITMAP_BLOCKS for block, _ in self.pending_free}:
+    def committed(self, commit: int, oldest_reader: int | None) -> None:
+        """Let what the durable commit freed be taken, once no reader is older than it.
+
+        Parameters
+        ----------
+        commit : int
+        oldest_reader : int or None
+            The oldest commit that somebody reads; None if nobody does.
+        """
+        freed, self._pending = self._pending, {}
+        if freed:
+            if len(self._held) < 2:
+                self._held.append((commit, freed))
+            else:
+                _, before = self._held[1]
+                for number, bits in before.items():
+                    freed[number] = freed[number] | bits if number in freed else bits
+                self._held[1] = (commit, freed)
+        self.release(oldest_reader)
+
+    def release(self, oldest_reader: int | None) -> None:
+        """Let be taken what no reader can refer to any more; see `committed`."""
+        while self._held and (oldest_reader is None or oldest_reader >= self._held[0][0]):
+            _, freed = self._held.pop(0)
+            for number in freed:
+                if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
+                    self._summarise(number, self._tree.bitmap(number))
+
+    def is_used(self, number: int) -> npt.NDArray[np.bool_]:
+        """Return which blocks of a group its bitmap marks as used, (32768,); tags it does not."""
+        bitmap = self._tree.bitmap(number)
+        if bitmap is None:
+            return np.zeros(BITMAP_BLOCKS, np.bool_)
+        return _unpacked(bitmap[: BITMAP_BLOCKS // 8])
+
+    def reserved(self, number: int) -> tuple[int, int]:
+        """Return the blocks (first, stop) of a group, counted from its start, that tags take."""
+        if not self._has_tags:
+            return 0, 0
+        first, stop = tag_slots(number, self.blocks_per_slot)
+        return first * self.blocks_per_slot, stop * self.blocks_per_slot
+
+    def _wanted(self, n_slots: int, n_blocks: int) -> int:
+        return n_slots + -(-n_blocks // self.blocks_per_slot) + 1
+
+    def _missing(self, n_slots: int, n_blocks: int) -> int:
+        odd = self._known_odd() + len(self.spare)
+        slots_wanted = n_slots + -(-max(0, n_blocks - odd) // self.blocks_per_slot)
+        # One spare refill may break a slot for other bitmaps' sake.
+        return slots_wanted + 1 - self._known_slots()
+
+    def _known_slots(self) -> int:
+        return sum(count for count in self._free_slots if count > 0)
+
+    def _known_odd(self) -> int:
+        return sum(count for count in self._free_odd if count > 0)
+
+    def _search(self, n_groups_max: int, n_slots_wanted: int) -> None:
+        """Look at groups that are unknown until enough free slots are known."""
+        known = self._known_slots()
+        n_seen = 0
+        for number in self._unknown:
+            if known >= n_slots_wanted or n_seen >= n_groups_max:
+                break
             self._summarise(number, self._tree.bitmap(number))
-        self.pending_free.clear()
+            known += self._free_slots[number]
+            n_seen += 1
+        del self._unknown[:n_seen]
 
-    def _clear(self, block: int, n_blocks: int) -> None:
-        number, first = divmod(block, BITMAP_BLOCKS)
-        bitmap = self._tree.private_bitmap(number)
-        if n_blocks % 8 == 0:
-            bitmap[first // 8 : (first + n_blocks) // 8] = 0
-            return
-        for bit in range(first, first + n_blocks):
-            bitmap[bit >> 3] &= ~np.uint8(1 << (bit & 7))
+    def _lengthen(self, n_slots: int) -> None:
+        """Make the file longer by so many slots that can be taken."""
+        if self.limit_blocks is not None:
+            raise StoreFullError(f"no free slot below block {self.limit_blocks}")
+        file_blocks = self._round_up(self.file_blocks)
+        blocks_min = self._with_tags(file_blocks, n_slots)
+        wanted = self._with_tags(file_blocks, n_slots + blocks_min // self.blocks_per_slot // 8)
+        before = self.file_blocks
+        self.file_blocks = self._grow(blocks_min, wanted)
+        for number in range(max(0, (before - 1) // BITMAP_BLOCKS), self.n_bitmaps):
+            first, stop = self.reserved(number)
+            first, stop = first + number * BITMAP_BLOCKS, stop + number * BITMAP_BLOCKS
+            self._used += max(0, min(stop, self.file_blocks) - max(first, before))
+            if number in self._unknown:
+                self._unknown.remove(number)
+            self._summarise(number, self._tree.bitmap(number))
+
+    def _with_tags(self, file_blocks: int, n_slots: int) -> int:
+        """Return how long the file must be to have `n_slots` slots after block `file_blocks`."""
+        end = file_blocks
+        left = n_slots * self.blocks_per_slot
+        while left:
+            number = end // BITMAP_BLOCKS
+            first, stop = self.reserved(number)
+            if number * BITMAP_BLOCKS + first <= end < number * BITMAP_BLOCKS + stop:
+                end = number * BITMAP_BLOCKS + stop
+            step = min(left, (number + 1) * BITMAP_BLOCKS - end)
+            end += step
+            left -= step
+        return end
+
+    def _forget_summary(self) -> None:
+        self._free_slots = [UNKNOWN] * self.n_bitmaps
+        self._free_odd = [UNKNOWN] * self.n_bitmaps
+        self._unknown = list(range(self.n_bitmaps))
+        self._cursor = 0
 
     def _refill(self) -> None:
-        number = next((i for i, odd in enumerate(self._free_odd) if odd), None)
+        number = next((i for i, odd in enumerate(self._free_odd) if odd > 0), None)
         if number is None:
-            number = next((i for i, slots in enumerate(self._free_slots) if slots), None)
+            number = next((i for i, slots in enumerate(self._free_slots) if slots > 0), None)
         if number is None:
             raise StoreFullError("no free block for a map node")
         bitmap = self._tree.private_bitmap(number)
@@ -193,40 +365,60 @@ class Allocator:
             rows = np.flatnonzero(used == 0)[:SPARE_BLOCKS]
         row_of, column_of = np.nonzero(bits[rows] == 0)
         row_of, column_of = row_of[:SPARE_BLOCKS], column_of[:SPARE_BLOCKS]
-        bits[rows[row_of], column_of] = 1
-        self._store_bits(number, bitmap, bits)
-        self._summarise(number, bitmap)
+        self._mark(number, bitmap, bits, rows[row_of], column_of)
         blocks = rows[row_of] * self.blocks_per_slot + column_of + number * BITMAP_BLOCKS
         self.spare = [int(block) for block in blocks[::-1]]
 
+    def _mark(
+        self,
+        number: int,
+        bitmap: Bitmap,
+        bits: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.int64],
+        columns: npt.NDArray[np.int64] | slice,
+    ) -> None:
+        """Mark blocks as used, in the bitmap and in `bits`, what `_bits` returned for it."""
+        chosen = np.zeros_like(bits)
+        chosen[rows, columns] = 1
+        bitmap[: BITMAP_BLOCKS // 8] |= np.packbits(chosen.reshape(-1), bitorder="little")
+        self._used += int(chosen.sum())
+        self._note(number, bits | chosen)
+
     def _summarise(self, number: int, bitmap: Bitmap | None) -> None:
-        bits = self._bits(number, bitmap)
+        self._note(number, self._bits(number, bitmap))
+
+    def _note(self, number: int, bits: npt.NDArray[np.uint8]) -> None:
         used = bits.sum(axis=1)
         free_slots = int((used == 0).sum())
         free_odd = int(((self.blocks_per_slot - used) * (used > 0)).sum())
-        if number == len(self._free_slots):
-            self._free_slots.append(free_slots)
-            self._free_odd.append(free_odd)
-        else:
-            self._free_slots[number] = free_slots
-            self._free_odd[number] = free_odd
+        while number >= len(self._free_slots):
+            self._free_slots.append(0)
+            self._free_odd.append(0)
+        self._free_slots[number] = free_slots
+        self._free_odd[number] = free_odd
 
     def _bits(self, number: int, bitmap: Bitmap | None) -> npt.NDArray[np.uint8]:
-        """Return bits as (slots, blocks a slot), blocks beyond the file's end as used."""
+        """Return bits as (slots, blocks a slot); what cannot be taken counts as used."""
         if bitmap is None:
             bits = np.zeros(BITMAP_BLOCKS, np.uint8)
         else:
             bits = np.unpackbits(bitmap[: BITMAP_BLOCKS // 8], bitorder="little")
-        end = self.file_blocks - number * BITMAP_BLOCKS
-        if end < BITMAP_BLOCKS:
-            bits[max(0, end) :] = 1
+        for _, freed in self._held:
+            if number in freed:
+                bits |= np.unpackbits(freed[number], bitorder="little")
+        first, stop = self.reserved(number)
+        bits[first:stop] = 1
+        end = self.file_blocks if self.limit_blocks is None else self.limit_blocks
+        bits[max(0, min(end, self.file_blocks) - number * BITMAP_BLOCKS) :] = 1
         return bits.reshape(-1, self.blocks_per_slot)
-
-    def _store_bits(self, number: int, bitmap: Bitmap, bits: npt.NDArray[np.uint8]) -> None:
-        flat = bits.reshape(-1)
-        # Blocks beyond the end only look used; the file may grow over them.
-        flat[max(0, self.file_blocks - number * BITMAP_BLOCKS) :] = 0
-        bitmap[: BITMAP_BLOCKS // 8] = np.packbits(flat, bitorder="little")
 
     def _round_up(self, blocks: int) -> int:
         return -(-blocks // self.blocks_per_slot) * self.blocks_per_slot
+
+
+def _unpacked(bits: Bitmap) -> npt.NDArray[np.bool_]:
+    return np.unpackbits(bits, bitorder="little").view(np.bool_)
+
+
+def _count(bits: Bitmap) -> int:
+    return int(np.unpackbits(bits).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
+from tiers.checksum import bound_crc32c
 from tiers.errors import CorruptionError
 from tiers.page_map import (
     ABSENT_WORD,
@@ -17,15 +18,19 @@ from tiers.page_map import (
 )
 from tiers.pager import Pager
 from tiers.root import Root
+from tiers.saved_trees import LiveTrees, SavedTrees, Trees, all_only_in
+from tiers.snapshots import Snapshots
 from tiers.space import Space
 
 
-def check(pager: Pager, spaces: list[Space], root: Root) -> dict[str, int]:
+def check(pager: Pager, snapshots: Snapshots, root: Root) -> dict[str, int]:
     """Recount a store whose writer and I/O locks are held; see `Store.check`."""
+    spaces = list(pager.spaces.values())
     with pager.mutex:
         _check_frames(pager, spaces)
     _check_nodes(pager)
-    return _Walk(pager, spaces).run() | {"damaged_root_copies": len(root.damaged_copies)}
+    counted = _Walk(pager, spaces).run(snapshots.saved_trees())
+    return counted | {"damaged_root_copies": len(root.damaged_copies)}
 
 
 def _check_frames(pager: Pager, spaces: list[Space]) -> None:
@@ -34,8 +39,8 @@ def _check_frames(pager: Pager, spaces: list[Space]) -> None:
     assert len(mapped) + frames.n_free + frames.n_limbo == frames.n_frames, "a frame is lost"
     named = 0
     for space in spaces:
-        pages = np.flatnonzero(space.page_table >= 0)
-        in_frames = space.page_table[pages]
+        pages = space.table.pages()
+        in_frames = space.table.lookup(pages)
         assert (frames.space[in_frames] == space.number).all(), (
             "a page table names another space's frame"
         )
@@ -47,8 +52,10 @@ def _check_frames(pager: Pager, spaces: list[Space]) -> None:
     )
     assert not (frames.dirty & ~frames.private).any(), "a dirty page has no slot of its own"
     assert not (frames.dirty & (frames.space < 0)).any(), "a dirty page was dropped"
-    assert 0 <= pager.account.used_bytes <= pager.account.limit_bytes, "the budget is exceeded"
-    assert pager.account.used_bytes == sum(pager.account.by_category.values()), (
+    assert 0 <= pager.memory.account.used_bytes <= pager.memory.account.limit_bytes, (
+        "the budget is exceeded"
+    )
+    assert pager.memory.account.used_bytes == sum(pager.memory.account.by_category.values()), (
         "the account does not add up"
     )
 
@@ -76,32 +83,58 @@ class _Walk:
         self._n_nodes = 0
         self._n_pages = 0
 
-    def run(self) -> dict[str, int]:
+    def run(self, snapshots: list[SavedTrees]) -> dict[str, int]:
         self._reach(0, self._blocks_a_slot, "the header")
         for tree in self._map.tops:
             self._walk_tree(tree)
         for space in self._spaces:
             self._walk_tree(FIRST_SPACE + space.number)
-        allocator = self._pager.allocator
-        used = np.zeros_like(self._reached)
-        for number in range(allocator.n_bitmaps):
-            bitmap = self._map.bitmap(number)
-            if bitmap is not None:
-                used[number * BITMAP_BLOCKS : (number + 1) * BITMAP_BLOCKS] = np.unpackbits(
-                    bitmap[: BITMAP_BLOCKS // 8], bitorder="little"
-                )
-        assert used[self._reached].all(), "a block in use is marked free"
-        waiting = np.zeros_like(used)
-        for block, n_blocks in allocator.pending_free:
-            waiting[block : block + n_blocks] = True
-        waiting[allocator.spare] = True
-        unreached = used & ~self._reached & ~waiting
+        newer: Trees = LiveTrees(self._map)
+        for saved in reversed(snapshots):
+            self._walk_saved(saved, newer)
+            newer = saved
         return {
             "nodes": self._n_nodes,
             "pages": self._n_pages,
-            "blocks_used": int(used.sum()),
-            "blocks_lost": int(unreached.sum()),
+            "snapshots": len(snapshots),
+            **self._compare_with_bitmaps(),
         }
+
+    def _compare_with_bitmaps(self) -> dict[str, int]:
+        allocator = self._pager.allocator
+        n_used = n_lost = 0
+        for number in range(allocator.n_bitmaps):
+            first = number * BITMAP_BLOCKS
+            reached = self._reached[first : first + BITMAP_BLOCKS]
+            used = allocator.is_used(number)
+            assert used[reached].all(), "a block in use is marked free"
+            start, stop = allocator.reserved(number)
+            assert not used[start:stop].any(), "slot tags are marked as something else"
+            used[start : min(stop, allocator.file_blocks - first)] = True
+            reached[start:stop] = True
+            n_used += int(used.sum())
+            n_lost += int((used & ~reached & ~allocator.waiting(number)).sum())
+        assert n_used == allocator.used_blocks + len(allocator.spare), "used blocks are miscounted"
+        return {"blocks_used": n_used, "blocks_lost": n_lost}
+
+    def _walk_saved(self, saved: SavedTrees, newer: Trees) -> None:
+        """Read what a snapshot refers to and the next newer state does not."""
+        content = self._pager.scratch
+        for placed in all_only_in(saved, list(saved.catalogue.spaces), newer, 0):
+            n_blocks = self._blocks_a_slot if placed.is_page else 1
+            what = (
+                f"level {placed.level}, index {placed.index} of tree {placed.tree} of snapshot "
+                f"commit {saved.snapshot.commit}"
+            )
+            self._reach(placed.block, n_blocks, what)
+            self._n_pages += placed.is_page
+            self._n_nodes += not placed.is_page
+            part = content[: n_blocks * BLOCK_BYTES]
+            self._pager.slots.read_blocks([placed.block], [part])
+            store_id = self._pager.store_id
+            identity = (placed.tree, placed.level, placed.index, placed.version)
+            if bound_crc32c(part, store_id, *identity) != placed.crc:
+                raise CorruptionError(f"{what} (block {placed.block}) fails its checksum")
 
     def _reach(self, block: int, n_blocks: int, what: str) -> None:
         if block < 0 or block + n_blocks > len(self._reached):
@@ -111,7 +144,7 @@ class _Walk:
         self._reached[block : block + n_blocks] = True
 
     def _walk_tree(self, tree: int) -> None:
-        if self._map._entry(tree, self._map.depth(tree), 0)[0] == ABSENT_WORD:
+        if self._map.entry(tree, self._map.depth(tree), 0)[0] == ABSENT_WORD:
             return
         self._walk_node(tree, self._map.depth(tree), 0)
 
@@ -148,7 +181,7 @@ class _Walk:
         place = unpack_entry(int(words[0]), int(words[1]))
         self._reach(place[0], self._blocks_a_slot, f"page {page} of space {space.name!r}")
         self._n_pages += 1
-        frame = int(space.page_table[page])
+        frame = int(space.table.lookup(np.array([page]))[0])
         if frame >= 0 and pager.frames.dirty[frame]:
             assert pager.frames.block[frame] == place[0], "the map names another slot"
             return

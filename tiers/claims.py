@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from tiers.condition import Condition
 from tiers.errors import NestedClaimError
 from tiers.pager import Indices, Pager, Request
+from tiers.space import Space
+
+PREFETCH_WAVE_PAGES = 16
 
 
 class Claim:
@@ -65,7 +68,7 @@ class Claims:
     def __init__(self, pager: Pager, condition: Condition, io: threading.RLock) -> None:
         self._pager = pager
         self._condition = condition
-        self._io = io
+        self.io = io
         self._held = _Held()
         self._n_demands_waiting = 0
         self.n_writes = 0
@@ -111,7 +114,7 @@ class Claims:
         with pager.mutex:
             self._n_demands_waiting += 1
         try:
-            with self._io, self._condition.guarding("a claim"):
+            with self.io, self._condition.guarding("a claim"):
                 self._condition.require_usable()
                 frames_of = self._bring_in(requests, reserve)
                 with pager.mutex:
@@ -140,14 +143,27 @@ class Claims:
         """Count hits of pages that were read in an epoch; see `Store.touch`."""
         with self._pager.mutex:
             for space, pages in requests:
-                frames = space.page_table[pages]
-                self._pager.count_hits(frames[frames >= 0].astype("int64"))
+                frames = space.table.lookup(pages)
+                self._pager.count_hits(frames[frames >= 0])
 
     def wait_for_demands(self) -> None:
         """Let every claim that waits for its pages go first."""
         with self._pager.mutex:
             while self._n_demands_waiting and not self._condition.closed:
                 self._pager.released.wait(0.05)
+
+    def fetch(self, space: Space, pages: Indices) -> int:
+        """Bring pages in wave by wave; see `Store.fetch`."""
+        self.require_nothing_held()
+        n_fetched = 0
+        for start in range(0, len(pages), PREFETCH_WAVE_PAGES):
+            self.wait_for_demands()
+            with self.io, self._condition.guarding("a fetch"):
+                if self._condition.closed or self._condition.poison:
+                    break
+                wave = pages[start : start + PREFETCH_WAVE_PAGES]
+                n_fetched += self._pager.fetch_wave(space, wave)
+        return n_fetched
 
     def _bring_in(
         self, requests: list[Request], reserve: Callable[[list[Request]], None] | None

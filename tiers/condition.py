@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from tiers.errors import (
+    CorruptionError,
+    SnapshotExpiredError,
     StoreClosedError,
     StoreForkedError,
     StorePoisonedError,
@@ -29,8 +31,9 @@ class Condition:
         An update that was cut short; only an abort helps.
     """
 
-    def __init__(self, path: Path, *, read_only: bool) -> None:
+    def __init__(self, path: Path, *, read_only: bool, is_expired: Callable[[], bool]) -> None:
         self._path = path
+        self._is_expired = is_expired
         self._process = os.getpid()
         self.read_only = read_only
         self.closed = False
@@ -68,10 +71,18 @@ class Condition:
     def guarding(self, action: str) -> Iterator[None]:
         """Refuse everything after a failure that is not one of ours.
 
-        An interrupt or a lack of memory may have struck between any two steps.
+        An interrupt or a lack of memory may have struck between any two steps. What looks damaged
+        to a reader whom the writer went on without is not.
         """
         try:
             yield
+        except CorruptionError as damage:
+            if self._is_expired():
+                raise SnapshotExpiredError(
+                    f"{self._path}: the writer has reused what this reader reads; refresh() goes "
+                    "on to the newest commit"
+                ) from damage
+            raise
         except TierError:
             raise
         except BaseException as failure:

@@ -78,6 +78,22 @@ class CorruptionError(TierError):
     """Bytes on disk are not what was written. Corrupt bytes are never returned."""
 
 
+class SnapshotError(TierError, ValueError):
+    """A snapshot is named wrongly, does not exist, or exists already."""
+
+
+class UncommittedError(TierError):
+    """Something is not committed yet, and this cannot be done beside it: commit or abort first."""
+
+
+class SnapshotExpiredError(TierError):
+    """The writer went on without this reader, and has reused what it reads; `refresh` or reopen."""
+
+
+class SalvageError(TierError):
+    """A damaged store does not hold what a salvage needs."""
+
+
 class StoreLockedError(TierError):
     """Another process, or another store object of this one, has the store open for writing."""
 

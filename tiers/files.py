@@ -2,37 +2,61 @@
 
 ::
 
-    lock     held by the writer, shared by readers; contains the writer's process number
-    root     which state is current, see `tiers.root`
+    lock     held by the writer; contains its process number
+    root     which state is current, see `tiers.root`; held by the writer too
     pages    pages and map nodes, see `tiers.slots`
+    readers  who reads beside the writer, see `tiers.readers`
+
+Where no reader can register, on read-only media, it shares the two locks instead, and there is no
+writer meanwhile.
 """
 
 from __future__ import annotations
 
+import os
 import uuid
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, tag_slots
 from tiers.catalogue import Catalogue
 from tiers.disk import Disk, File, Mode
 from tiers.errors import (
     CorruptionError,
     NotAStoreError,
+    SnapshotError,
     StoreExistsError,
     StoreIOError,
+    StoreLockedError,
     StoreNotFoundError,
     TierError,
 )
 from tiers.page_map import ABSENT_WORD, CATALOGUE, NODES_MIN, TREE_NUMBERS, PageMap
-from tiers.root import MAGIC, ROOT_FILE_BYTES, Root, TreeTop, decode_root_file
+from tiers.readers import READ_ONLY_MEDIA, UNKNOWN_COMMIT, Reader, Readers
+from tiers.root import (
+    ABANDONED_MAX,
+    MAGIC,
+    ROOT_FILE_BYTES,
+    VERSIONS_A_PROCESS,
+    Root,
+    TreeTop,
+    decode_root_file,
+    merge_ranges,
+)
+from tiers.saved_trees import root_at
 from tiers.slots import SlotFile
+from tiers.tags import Tags
 
 LOCK_NAME, ROOT_NAME, PAGES_NAME = "lock", "root", "pages"
 NEW_ROOT_NAME = "root.new"
+OPEN_ATTEMPTS = 8
+
+_open_files: weakref.WeakSet[StoreFiles] = weakref.WeakSet()
 
 
 class StoreFiles:
@@ -43,13 +67,24 @@ class StoreFiles:
     root : Root
         The newest whole root when the files were opened.
     slots : SlotFile
+    reader : Reader or None
+        The registration of one who reads beside a writer.
     """
 
     def __init__(
-        self, disk: Disk, locks: list[File], root_file: File, root: Root, slots: SlotFile
+        self,
+        disk: Disk,
+        locks: list[File],
+        root_file: File,
+        root: Root,
+        slots: SlotFile,
+        reader: Reader | None = None,
     ) -> None:
         self.root = root
         self.slots = slots
+        self.reader = reader
+        _open_files.add(self)
+        self._readers: Readers | None = None
         self._disk = disk
         self._locks = locks
         self._root_file = root_file
@@ -96,6 +131,7 @@ class StoreFiles:
             self._disk.rename(path / NEW_ROOT_NAME, path / ROOT_NAME)
             self._disk.sync_directory(path)
             self._disk.sync_directory(path.parent)
+            self._readers = Readers(self._disk, path, self.root.commit)
 
     def discard(self, path: Path) -> None:
         """Remove and close the files of a creation that failed."""
@@ -104,49 +140,134 @@ class StoreFiles:
 
     @classmethod
     def open(
+        cls,
+        disk: Disk,
+        path: Path,
+        size_bytes_max: int | None,
+        *,
+        read_only: bool,
+        snapshot: str | None = None,
+    ) -> StoreFiles:
+        """Lock or register, open the files, and check that they belong together.
+
+        With the name of a snapshot, `root` is that of its state, to be read only.
+        """
+        if snapshot is not None and not read_only:
+            raise SnapshotError(
+                f"snapshot {snapshot!r} can be opened read_only; roll_back() goes on from it"
+            )
+        files = cls._open_newest(disk, path, size_bytes_max, read_only=read_only)
+        if snapshot is not None:
+            try:
+                files.root = root_at(files.root, files.slots, snapshot)
+            except BaseException:
+                files.close()
+                raise
+        return files
+
+    @classmethod
+    def _open_newest(
         cls, disk: Disk, path: Path, size_bytes_max: int | None, *, read_only: bool
     ) -> StoreFiles:
-        """Lock and open the files, and check that they belong together."""
         if not disk.exists(path):
             raise StoreNotFoundError(f"there is no store at {path}")
-        opened: list[File] = []
         with _typed_errors(f"opening {path}"):
-            try:
-                names = _names_of_store(disk, path)
-                # The lock file says who writes; the lock of the root holds even where it is gone.
-                if not read_only or LOCK_NAME in names:
-                    opened.append(disk.lock(path / LOCK_NAME, exclusive=not read_only))
-                opened.append(disk.lock(path / ROOT_NAME, exclusive=not read_only, signed=False))
-                locks = list(opened)
-                mode: Mode = "read" if read_only else "write"
-                root_file = disk.open(path / ROOT_NAME, mode, direct=False)
-                opened.append(root_file)
-                content = np.zeros(min(ROOT_FILE_BYTES, disk.size(root_file)), np.uint8)
-                disk.read_batch(root_file, [0], [content])
-                root = decode_root_file(content.tobytes(), str(path))
-                if PAGES_NAME not in names:
-                    raise CorruptionError(f"{path}: the page file is missing")
-                slots = SlotFile.open(
-                    disk,
-                    path / PAGES_NAME,
-                    root.store_id,
-                    root.page_bytes,
-                    size_bytes_max,
-                    read_only=read_only,
-                )
-                opened.append(slots.file)
-                if slots.size_blocks() < root.file_blocks:
-                    raise CorruptionError(
-                        f"{path}: the page file was cut short, to {slots.size_blocks()} blocks of "
-                        f"{root.file_blocks}"
-                    )
-                files = cls(disk, locks, root_file, root, slots)
-                if not read_only:
-                    files._confirm(path)
-                return files
-            except BaseException:
-                _close_all(disk, opened)
-                raise
+            names = _names_of_store(disk, path)
+            if not read_only:
+                return cls._open_for_writing(disk, path, size_bytes_max, names)
+            for _ in range(OPEN_ATTEMPTS):
+                try:
+                    reader = Reader.register(disk, path)
+                except OSError as refused:
+                    if refused.errno not in READ_ONLY_MEDIA:
+                        raise
+                    return cls._open_sharing(disk, path, names)
+                try:
+                    files = cls._open_beside(disk, path, names, reader)
+                    if not reader.is_expired():
+                        return files
+                    # A writer came in between, which may not have seen what is read here.
+                    files.close()
+                except BaseException:
+                    reader.close()
+                    raise
+            raise StoreLockedError(f"{path} is opened and closed by writers again and again")
+
+    @classmethod
+    def _open_for_writing(
+        cls, disk: Disk, path: Path, size_bytes_max: int | None, names: list[str]
+    ) -> StoreFiles:
+        opened: list[File] = []
+        try:
+            # The lock file says who writes; the lock of the root holds even where it is gone.
+            opened.append(disk.lock(path / LOCK_NAME, exclusive=True))
+            opened.append(disk.lock(path / ROOT_NAME, exclusive=True, signed=False))
+            locks = list(opened)
+            root_file, root = _read_root(disk, path, opened, read_only=False)
+            # Blocks that the readers of an earlier commit use may be free by now.
+            readers = Readers(disk, path, root.commit)
+            readers.expire(root.commit)
+            slots = _open_slots(disk, path, names, root, size_bytes_max, opened, read_only=False)
+            files = cls(disk, locks, root_file, root, slots)
+            files._readers = readers
+            files._confirm(path)
+            return files
+        except BaseException:
+            _close_all(disk, opened)
+            raise
+
+    @classmethod
+    def _open_sharing(cls, disk: Disk, path: Path, names: list[str]) -> StoreFiles:
+        """Open where nothing can be written, so that nobody writes either."""
+        opened: list[File] = []
+        try:
+            if LOCK_NAME in names:
+                opened.append(disk.lock(path / LOCK_NAME, exclusive=False))
+            opened.append(disk.lock(path / ROOT_NAME, exclusive=False, signed=False))
+            locks = list(opened)
+            root_file, root = _read_root(disk, path, opened, read_only=True)
+            slots = _open_slots(disk, path, names, root, None, opened, read_only=True)
+            return cls(disk, locks, root_file, root, slots)
+        except BaseException:
+            _close_all(disk, opened)
+            raise
+
+    @classmethod
+    def _open_beside(cls, disk: Disk, path: Path, names: list[str], reader: Reader) -> StoreFiles:
+        """Open the newest commit as a registered reader, whoever writes meanwhile."""
+        opened: list[File] = []
+        try:
+            root_file, root = _read_root(disk, path, opened, read_only=True)
+            reader.reads(root.commit)
+            slots = _open_slots(disk, path, names, root, None, opened, read_only=True)
+            return cls(disk, [], root_file, root, slots, reader)
+        except BaseException:
+            _close_all(disk, opened)
+            raise
+
+    def is_expired(self) -> bool:
+        """Return whether a writer went on without this reader."""
+        return self.reader is not None and self.reader.is_expired()
+
+    def oldest_reader(self) -> int | None:
+        """Return the oldest commit that somebody reads beside this writer; see `Readers.oldest`."""
+        return None if self._readers is None else self._readers.oldest()
+
+    def newest_root(self, path: Path) -> Root:
+        """Return the newest root of a store that somebody else writes, and register for it."""
+        with _typed_errors(f"reading {path}"):
+            for _ in range(OPEN_ATTEMPTS):
+                if self.reader is None:
+                    return self.root  # it shares the lock: nobody writes
+                if self.reader.is_expired():
+                    self.reader.close()
+                    self.reader = Reader.register(self._disk, path)
+                self.reader.reads(UNKNOWN_COMMIT)
+                self.root = _root_in(self._disk, path, self._root_file)
+                self.reader.reads(self.root.commit)
+                if not self.reader.is_expired():
+                    return self.root
+            raise StoreLockedError(f"{path} is opened and closed by writers again and again")
 
     def _confirm(self, path: Path) -> None:
         """Make durable the state that was found, before anything is built on it.
@@ -154,7 +275,22 @@ class StoreFiles:
         The process that wrote it may have died, or failed, between writing its root and the sync:
         the page cache shows a root that the device may not have. Written again, because after a
         failed sync the page is clean.
+
+        What it wrote after its last commit may have left slot tags, so its versions are passed
+        over.
         """
+        root = self.root
+        if not root.is_clean:
+            last = root.next_version + VERSIONS_A_PROCESS - 1
+            root = replace(root, next_version=last + 1)
+            if root.has_tags:
+                abandoned = merge_ranges([*root.abandoned, (self.root.next_version, last)])
+                if len(abandoned) > ABANDONED_MAX // 2:
+                    Tags(self.slots, root.store_id).clear(abandoned, root.file_blocks)
+                    self.slots.sync()
+                    abandoned = ()
+                root = replace(root, abandoned=abandoned)
+        self.root = replace(root, is_clean=False)
         self.write_both_roots(self.root)
         self._disk.sync_directory(path)
         self._disk.sync_directory(path.parent)
@@ -173,15 +309,63 @@ class StoreFiles:
         self.slots.n_syncs += 1
         self.root = root
 
+    def mark_clean(self) -> None:
+        """Note that nothing was begun since the last commit, so that no version is passed over.
+
+        Raises
+        ------
+        OSError
+            If the note could not be made; nothing but that is lost.
+        """
+        # Into the slot that is not current: a torn write must not take the commit with it.
+        clean = replace(self.root, is_clean=True)
+        self._disk.write_batch(
+            self._root_file, [ROOT_FILE_BYTES // 2 - clean.slot_offset()], [clean.encode()]
+        )
+        self._disk.sync(self._root_file)
+
     def close(self) -> None:
+        _open_files.discard(self)
         self.slots.close()
         self._disk.close(self._root_file)
+        if self.reader is not None:
+            self.reader.close()
         self.unlock()
 
     def unlock(self) -> None:
         """Close the locks; the child of a fork does, lest it keep its parent's locks alive."""
         _close_all(self._disk, self._locks)
         self._locks = []
+        if self.reader is not None:
+            self.reader.abandon()
+
+
+@contextmanager
+def open_damaged(disk: Disk, path: Path) -> Iterator[tuple[Root, SlotFile]]:
+    """Open what is left of a store to read it: the newest root, and the page file unchecked.
+
+    Raises
+    ------
+    StoreNotFoundError, NotAStoreError, FormatVersionError, CorruptionError
+        If there is no whole root, or no page file.
+    StoreLockedError
+        If a writer has it open.
+    """
+    if not disk.exists(path):
+        raise StoreNotFoundError(f"there is no store at {path}")
+    opened: list[File] = []
+    with _typed_errors(f"opening {path}"):
+        try:
+            names = _names_of_store(disk, path)
+            opened.append(disk.lock(path / ROOT_NAME, exclusive=False, signed=False))
+            _, root = _read_root(disk, path, opened, read_only=True)
+            if PAGES_NAME not in names:
+                raise CorruptionError(f"{path}: the page file is missing")
+            file = disk.open(path / PAGES_NAME, "read", direct=True)
+            opened.append(file)
+            yield root, SlotFile(disk, file, root.page_bytes, None)
+        finally:
+            _close_all(disk, opened)
 
 
 @contextmanager
@@ -192,6 +376,48 @@ def _typed_errors(action: str) -> Iterator[None]:
         raise
     except OSError as refused:
         raise StoreIOError(refused.errno, f"{action} failed: {refused.strerror}") from refused
+
+
+def _read_root(disk: Disk, path: Path, opened: list[File], *, read_only: bool) -> tuple[File, Root]:
+    mode: Mode = "read" if read_only else "write"
+    root_file = disk.open(path / ROOT_NAME, mode, direct=False)
+    opened.append(root_file)
+    return root_file, _root_in(disk, path, root_file)
+
+
+def _root_in(disk: Disk, path: Path, root_file: File) -> Root:
+    content = np.zeros(min(ROOT_FILE_BYTES, disk.size(root_file)), np.uint8)
+    disk.read_batch(root_file, [0], [content])
+    return decode_root_file(content.tobytes(), str(path))
+
+
+def _open_slots(
+    disk: Disk,
+    path: Path,
+    names: list[str],
+    root: Root,
+    size_bytes_max: int | None,
+    opened: list[File],
+    *,
+    read_only: bool,
+) -> SlotFile:
+    if PAGES_NAME not in names:
+        raise CorruptionError(f"{path}: the page file is missing")
+    slots = SlotFile.open(
+        disk,
+        path / PAGES_NAME,
+        root.store_id,
+        root.page_bytes,
+        size_bytes_max,
+        read_only=read_only,
+    )
+    opened.append(slots.file)
+    if slots.size_blocks() < root.file_blocks:
+        raise CorruptionError(
+            f"{path}: the page file was cut short, to {slots.size_blocks()} blocks of "
+            f"{root.file_blocks}"
+        )
+    return slots
 
 
 def _names_of_store(disk: Disk, path: Path) -> list[str]:
@@ -286,15 +512,16 @@ def _remove_unfinished(disk: Disk, path: Path) -> None:
 def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
     """Write an empty catalogue, and a bitmap in which what is written so far is used."""
     per_slot = slots.page_bytes // BLOCK_BYTES
-    file_blocks = per_slot + -(-8 // per_slot) * per_slot
+    first_block = tag_slots(0, per_slot)[1] * per_slot
+    file_blocks = first_block + -(-8 // per_slot) * per_slot
     slots.grow(file_blocks, file_blocks)
-    free_blocks = iter(range(per_slot, file_blocks))
+    free_blocks = iter(range(first_block, file_blocks))
     page_map = PageMap(
         store_id,
         slots.read_blocks,
         slots.write_blocks,
         lambda: next(free_blocks),
-        lambda block, n_blocks: None,
+        lambda block, n_blocks, version: None,
         NODES_MIN,
     )
     empty = {tree: TreeTop(ABSENT_WORD, ABSENT_WORD, 1) for tree in TREE_NUMBERS.values()}
@@ -303,8 +530,28 @@ def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
     page_map.private_object(CATALOGUE, 0)[: len(content)] = np.frombuffer(content, np.uint8)
     bitmap = page_map.private_bitmap(0)
     used = np.zeros(BITMAP_BLOCKS, np.uint8)
-    used[: next(free_blocks)] = 1
+    end = next(free_blocks)
+    used[:per_slot] = 1
+    used[first_block:end] = 1
     bitmap[: BITMAP_BLOCKS // 8] = np.packbits(used, bitorder="little")
     page_map.flush()
-    trees = {name: page_map.tops[number] for name, number in TREE_NUMBERS.items()}
-    return Root(store_id, slots.page_bytes, 1, file_blocks, len(content), trees)
+    return Root(
+        store_id,
+        slots.page_bytes,
+        1,
+        file_blocks,
+        len(content),
+        {name: page_map.tops[number] for name, number in TREE_NUMBERS.items()},
+        version=1,
+        next_version=2,
+        used_blocks=end,
+    )
+
+
+def _unlock_in_child() -> None:
+    for files in list(_open_files):
+        files.unlock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)

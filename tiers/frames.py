@@ -19,9 +19,11 @@ from tiers.space import Space
 
 Indices = npt.NDArray[np.int64]
 
-BYTES_PER_FRAME_RECORD = (
-    4 + 8 + 4 + 4 * 1 + 8 + 1 + 36
-)  # the arrays below, a policy's byte, the free list
+POLICY_BYTES_PER_FRAME = 48
+"""What the largest eviction policy takes a frame."""
+
+BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 4 * 1 + 8 + POLICY_BYTES_PER_FRAME + 36
+"""The arrays below, the policy's, the list of free frames."""
 
 
 class Frames:
@@ -112,7 +114,7 @@ class Frames:
         """Let the page table of `space` name these frames."""
         self.space[frames] = space.number
         self.page[frames] = pages
-        space.page_table[pages] = frames
+        space.table.set(pages, frames)
 
     def unmap(self, spaces: dict[int, Space], frames: Indices) -> None:
         """Take pages out of their page tables; the frames rest in limbo."""
@@ -121,7 +123,7 @@ class Frames:
         assert not self.pins[frames].any() and not self.writing[frames].any()
         for number in np.unique(self.space[frames]):
             of_space = frames[self.space[frames] == number]
-            spaces[int(number)].page_table[self.page[of_space]] = -1
+            spaces[int(number)].table.clear(self.page[of_space])
         self.space[frames] = -1
         self.page[frames] = -1
         self.dirty[frames] = False
@@ -130,8 +132,11 @@ class Frames:
         self._limbo.append((self._epoch, frames.copy()))
         self._epoch += 1
 
-    def evictable(self, frames: Indices) -> npt.NDArray[np.bool_]:
-        """Return which of these frames are mapped and held by nobody."""
-        return np.asarray(
-            (self.space[frames] >= 0) & (self.pins[frames] == 0) & ~self.writing[frames]
-        )
+    def evictable(self) -> npt.NDArray[np.bool_]:
+        """Return for each frame whether it is mapped and held by nobody."""
+        return np.asarray((self.space >= 0) & (self.pins == 0) & ~self.writing)
+
+    def keys(self, frames: Indices) -> npt.NDArray[np.uint64]:
+        """Return names of the pages in mapped frames, the same whenever they come back."""
+        spaces = self.space[frames].astype(np.uint64)
+        return np.asarray((spaces << np.uint64(48)) ^ self.page[frames].astype(np.uint64))

@@ -40,6 +40,7 @@ ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
 TREE_NUMBERS = {"allocation": ALLOCATION, "spaces": SPACES, "catalogue": CATALOGUE}
 NODES_MIN = 64
 
+Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Key = tuple[int, int, int]
 
@@ -52,6 +53,11 @@ def pack_entry(block: int, version: int, crc: int) -> tuple[int, int]:
 def unpack_entry(word0: int, word1: int) -> tuple[int, int, int]:
     """Return (block, version, crc) of an entry that is not absent."""
     return word0 & PLACE_MASK, word0 >> 48 | (word1 & 0xFFFFFFFF) << 16, word1 >> 32
+
+
+def blocks_of(entries: Words) -> Indices:
+    """Return the blocks in entries (n, 2) that are not absent."""
+    return (entries[:, 0] & np.uint64(PLACE_MASK)).astype(np.int64)
 
 
 def versions_of(entries: Words) -> Words:
@@ -94,7 +100,8 @@ class PageMap:
     take_block : callable
         Returns a free block.
     give_back : callable
-        ``(block, n_blocks)``; frees blocks of the committed state.
+        ``(block, n_blocks, version)``; frees blocks of the committed state, None for those that no
+        snapshot can keep.
     n_nodes_max : int
         Size of the node cache, at least `NODES_MIN`: a path is never evicted by its own loading.
 
@@ -114,7 +121,7 @@ class PageMap:
         read_blocks: Callable[[Sequence[int], Sequence[Bitmap]], None],
         write_blocks: Callable[[Sequence[int], Sequence[Bitmap]], None],
         take_block: Callable[[], int],
-        give_back: Callable[[int, int], None],
+        give_back: Callable[[int, int, int | None], None],
         n_nodes_max: int,
     ) -> None:
         assert n_nodes_max >= NODES_MIN
@@ -144,6 +151,22 @@ class PageMap:
         self._space_depths = dict(space_depths)
         self.failure = None
 
+    def forget(self) -> None:
+        """Empty the cache; nothing in it may be dirty."""
+        assert not any(node.dirty for node in self._nodes.values())
+        self._free_frames.extend(node.frame for node in self._nodes.values())
+        self._nodes.clear()
+
+    def go_to(self, spaces: TreeTop, catalogue: TreeTop, space_depths: dict[int, int]) -> None:
+        """Let the transaction go on from the trees of another state, but for the bitmaps."""
+        others = [key for key in self._nodes if key[0] != ALLOCATION]
+        # Children before parents; the tops of spaces are below SPACES.
+        for key in sorted(others, key=lambda key: (-key[0], key[1])):
+            self._drop(key)
+        for tree, top in ((SPACES, spaces), (CATALOGUE, catalogue)):
+            self.tops[tree] = TreeTop(top.word0, top.word1, top.depth)
+        self._space_depths = dict(space_depths)
+
     def add_space(self, tree: int, depth: int) -> None:
         """Make a tree known whose top is an object of SPACES; it is empty at first."""
         with self._changing():
@@ -155,7 +178,7 @@ class PageMap:
 
     # Reading
 
-    def lookup(self, tree: int, indices: npt.NDArray[np.int64]) -> Words:
+    def lookup(self, tree: int, indices: Indices) -> Words:
         """Return the entries of objects, uint64 (n, 2), absent ones all ones; `indices` ascend."""
         found = np.full((len(indices), 2), ABSENT_WORD, np.uint64)
         for parent, start, stop in _runs(indices):
@@ -168,6 +191,14 @@ class PageMap:
         """Return the bytes of a 4 KiB object (valid until the next call), None if absent."""
         node = self._get(tree, 0, index)
         return None if node is None else node.raw
+
+    def has_tree(self, tree: int) -> bool:
+        return tree in self.tops or tree in self._space_depths
+
+    def words(self, tree: int, level: int, index: int) -> Words | None:
+        """Return the entries of a node (valid until the next call), None if absent."""
+        node = self._get(tree, level, index)
+        return None if node is None else node.words
 
     def bitmap(self, number: int) -> Bitmap | None:
         return self.read_object(ALLOCATION, number)
@@ -183,7 +214,7 @@ class PageMap:
     def private_bitmap(self, number: int) -> Bitmap:
         return self.private_object(ALLOCATION, number)
 
-    def set_entries(self, tree: int, indices: npt.NDArray[np.int64], entries: Words) -> None:
+    def set_entries(self, tree: int, indices: Indices, entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""
         with self._changing():
             for parent, start, stop in _runs(indices):
@@ -192,18 +223,108 @@ class PageMap:
 
     def remove_object(self, tree: int, index: int) -> None:
         """Make a 4 KiB object absent."""
-        word0, word1 = self._entry(tree, 0, index)
+        word0, word1 = self.entry(tree, 0, index)
         if word0 == ABSENT_WORD:
             return
-        block, _, _ = unpack_entry(word0, word1)
+        block, version, _ = unpack_entry(word0, word1)
         with self._changing():
-            self._give_back(block, 1)
+            self._free_node(tree, block, version)
             parent = self._make_private(tree, 1, index >> FANOUT_BITS)
             parent.words[index & (FANOUT - 1)] = ABSENT_WORD
             if (tree, 0, index) in self._nodes:
                 self._drop((tree, 0, index))
 
-    def count_private_needed(self, tree: int, indices: npt.NDArray[np.int64]) -> int:
+    def remove_entries(self, tree: int, indices: Indices) -> None:
+        """Make pages of a space absent, and the nodes that are empty then; `indices` ascend.
+
+        What the entries named is the caller's to give back.
+        """
+        with self._changing():
+            for parent, start, stop in _runs(indices):
+                node = self._make_private(tree, 1, parent)
+                node.words[indices[start:stop] & (FANOUT - 1)] = ABSENT_WORD
+                self._remove_empty(tree, 1, parent)
+
+    def remove_tree(self, tree: int, free_pages: Callable[[Words], None]) -> None:
+        """Free the tree of a space with all its nodes; `free_pages` is given entries of pages."""
+        with self._changing():
+            top = self.depth(tree)
+            if self.entry(tree, top, 0)[0] != ABSENT_WORD:
+                self._free_below(tree, top, 0, free_pages)
+                objects = self._make_private(SPACES, 1, (tree - FIRST_SPACE) >> FANOUT_BITS)
+                objects.words[(tree - FIRST_SPACE) & (FANOUT - 1)] = ABSENT_WORD
+            del self._space_depths[tree]
+
+    def present(
+        self, tree: int, first: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Indices, Words]]:
+        """Yield indices and entries of the objects in [first, stop) that are present, ascending.
+
+        One level-1 node at a time; the cost is by nodes that exist. The map may change between two
+        steps, in what was yielded already.
+        """
+        top = self.depth(tree)
+        stop = FANOUT**top if stop is None else min(stop, FANOUT**top)
+        yield from self._present_below(tree, top, 0, first, stop)
+
+    def _present_below(
+        self, tree: int, level: int, index: int, first: int, stop: int
+    ) -> Iterator[tuple[Indices, Words]]:
+        node = self._get(tree, level, index)
+        if node is None:
+            return
+        width = FANOUT ** (level - 1)
+        base = index << FANOUT_BITS
+        lowest = max(0, first // width - base)
+        highest = min(FANOUT, -(-stop // width) - base)
+        if highest <= lowest:
+            return
+        words = node.words[lowest:highest].copy()
+        places = np.flatnonzero(words[:, 0] != ABSENT_WORD)
+        children = places + (base + lowest)
+        if level == 1:
+            if len(places):
+                yield children, words[places]
+            return
+        for child in children.tolist():
+            yield from self._present_below(tree, level - 1, child, first, stop)
+
+    def _free_below(
+        self, tree: int, level: int, index: int, free_pages: Callable[[Words], None]
+    ) -> None:
+        """Give back a node and all below it, and forget them; its parent is not told."""
+        node = self._get(tree, level, index)
+        assert node is not None
+        words = node.words[node.words[:, 0] != ABSENT_WORD]
+        places = np.flatnonzero(node.words[:, 0] != ABSENT_WORD)
+        if level == 1:
+            free_pages(words)
+        else:
+            for place in places.tolist():
+                self._free_below(tree, level - 1, (index << FANOUT_BITS) + place, free_pages)
+        node = self._get(tree, level, index)
+        assert node is not None
+        self._drop(node.key)
+        self._free_node(tree, node.block, node.version)
+
+    def _remove_empty(self, tree: int, level: int, index: int) -> None:
+        """Remove a private node of a space's tree if nothing is below it, then its ancestors."""
+        node = self._get(tree, level, index)
+        assert node is not None and node.version == self.version
+        if (node.words[:, 0] != ABSENT_WORD).any():
+            return
+        parent = self._parent(node)
+        assert parent is not None and not node.n_children
+        is_top = level == self.depth(tree)
+        place = tree - FIRST_SPACE if is_top else index
+        parent.words[place & (FANOUT - 1)] = ABSENT_WORD
+        parent.dirty = True
+        self._drop(node.key)
+        self._free_node(tree, node.block, node.version)
+        if not is_top:
+            self._remove_empty(tree, level + 1, index >> FANOUT_BITS)
+
+    def count_private_needed(self, tree: int, indices: Indices) -> int:
         """Return the most blocks that making these paths private takes, bitmaps apart."""
         total = 0
         above = indices
@@ -235,12 +356,12 @@ class PageMap:
 
     # Nodes
 
-    def _entry(self, tree: int, level: int, index: int) -> tuple[int, int]:
+    def entry(self, tree: int, level: int, index: int) -> tuple[int, int]:
         """Return the entry that names a node or object; absent if any node above is."""
         if level == self.depth(tree):
             if tree in self.tops:
                 return self.tops[tree].word0, self.tops[tree].word1
-            return self._entry(SPACES, 0, tree - FIRST_SPACE)
+            return self.entry(SPACES, 0, tree - FIRST_SPACE)
         parent = self._get(tree, level + 1, index >> FANOUT_BITS)
         if parent is None:
             return ABSENT_WORD, ABSENT_WORD
@@ -256,7 +377,7 @@ class PageMap:
             return node
         if index >> FANOUT_BITS * (self.depth(tree) - level):
             return None
-        word0, word1 = self._entry(tree, level, index)
+        word0, word1 = self.entry(tree, level, index)
         if word0 == ABSENT_WORD and word1 == ABSENT_WORD:
             return None
         block, version, crc = unpack_entry(word0, word1)
@@ -290,12 +411,12 @@ class PageMap:
         node = self._get(tree, level, index)
         if node is None:
             node = self._new_node(key, self._frame())
-            old_block = -1
+            old_block, old_version = -1, 0
         elif node.version == self.version:
             node.dirty = True
             return node
         else:
-            old_block = node.block
+            old_block, old_version = node.block, node.version
         # Private, but without a block and so not to be evicted, before a block is taken: taking one
         # may come back to this node when it is a bitmap.
         node.version = self.version
@@ -304,8 +425,12 @@ class PageMap:
         node.block = self._take_block()
         self._name_child(node, 0)
         if old_block >= 0:
-            self._give_back(old_block, 1)
+            self._free_node(tree, old_block, old_version)
         return self._nodes[key]
+
+    def _free_node(self, tree: int, block: int, version: int) -> None:
+        # No snapshot refers to the bitmaps: what is free is the business of the newest state alone.
+        self._give_back(block, 1, None if tree == ALLOCATION else version)
 
     def _new_node(self, key: Key, frame: int) -> Node:
         """Return an empty private node that has no block yet, and therefore is not evicted."""
@@ -389,7 +514,7 @@ class PageMap:
         self._free_frames.append(node.frame)
 
 
-def _runs(indices: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
+def _runs(indices: Indices) -> list[tuple[int, int, int]]:
     """Return (parent, start, stop) for each stretch of `indices` under one level-1 node."""
     if len(indices) == 0:
         return []

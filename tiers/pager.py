@@ -8,55 +8,42 @@ store's locks their caller holds: the *I/O lock* for whatever touches map, alloc
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, Allocator
-from tiers.budget import Account, Budget
-from tiers.catalogue import Catalogue
+from tiers.budget import Budget
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, aligned_buffer
-from tiers.errors import BudgetError, CorruptionError, PageIndexError, SpaceError
-from tiers.frames import BYTES_PER_FRAME_RECORD, Frames
+from tiers.errors import CorruptionError, PageIndexError, SpaceError
+from tiers.frames import Frames
+from tiers.memory import Memory
 from tiers.page_map import (
     ABSENT_WORD,
     ALLOCATION,
-    CATALOGUE,
     FIRST_SPACE,
-    NODES_MIN,
-    SPACES,
     TREE_NUMBERS,
     PageMap,
+    Words,
     depth_of,
     pack_entry,
     unpack_entry,
     versions_of,
 )
-from tiers.policies import Clock
+from tiers.policies import Policy, policy_class
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
+from tiers.tags import Tag, Tags
 
 Indices = npt.NDArray[np.int64]
 Request = tuple[Space, Indices]
 
-FRAMES_MIN = 8
-"""What the corners of one point of one level can need."""
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
 WRITE_ATTEMPTS = 3
-
-
-def budget_min(page_bytes: int, spaces: Sequence[Space] = ()) -> int:
-    """Return the least DRAM budget, in bytes, of a store with these spaces."""
-    nodes = NODES_MIN * BLOCK_BYTES
-    frames = FRAMES_MIN * (page_bytes + BYTES_PER_FRAME_RECORD)
-    tables = 4 * sum(space.n_pages for space in spaces)
-    # A 64th is held back, and a 32nd is for map nodes where that is more.
-    return (nodes + page_bytes + frames + tables) * 64 // 61 + BLOCK_BYTES
 
 
 class Pager:
@@ -68,18 +55,21 @@ class Pager:
         The state to begin from.
     slots : SlotFile
     budget : Budget
+    policy : str
+        Name of the eviction policy.
 
     Attributes
     ----------
     frames : Frames
-        Made by `make_frames`, of what page tables have left of the budget.
+        Made by `make_frames`.
+    memory : Memory
     spaces : dict of int to Space
     """
 
     frames: Frames
-    policy: Clock
+    policy: Policy
 
-    def __init__(self, root: Root, slots: SlotFile, budget: Budget) -> None:
+    def __init__(self, root: Root, slots: SlotFile, budget: Budget, policy: str) -> None:
         self.store_id = root.store_id
         self.page_bytes = root.page_bytes
         self.slots = slots
@@ -88,124 +78,59 @@ class Pager:
         self.spaces: dict[int, Space] = {}
         names = ("hits", "misses", "evictions", "write_backs", "prefetched", "prefetch_used")
         self.counts = dict.fromkeys(names, 0)
-        self.account = Account(budget.dram_bytes)
-        if budget.dram_bytes < budget_min(self.page_bytes):
-            raise BudgetError(
-                f"a DRAM budget of {budget.dram_bytes} bytes cannot hold {FRAMES_MIN} pages of "
-                f"{self.page_bytes} bytes and the page map; the least is "
-                f"{budget_min(self.page_bytes)} bytes"
-            )
-        n_nodes = max(NODES_MIN, budget.dram_bytes // 32 // BLOCK_BYTES)
-        self.account.charge("map nodes", n_nodes * BLOCK_BYTES)
-        self.account.charge("scratch page", self.page_bytes)
+        self._policy_class = policy_class(policy)
+        self.memory = Memory(budget.dram_bytes, root.page_bytes, has_tags=root.has_tags)
         self.scratch = aligned_buffer(1, self.page_bytes)[0]
-        with self._memory_errors():
+        self.tags = Tags(slots, root.store_id) if root.has_tags else None
+        with self.memory.asking_the_system():
             self.map = PageMap(
                 root.store_id,
                 slots.read_blocks,
                 slots.write_blocks,
                 lambda: self.allocator.take_block(),
-                lambda block, n_blocks: self.allocator.give_back(block, n_blocks),
-                n_nodes,
+                lambda block, n_blocks, version: self.allocator.give_back(block, n_blocks, version),
+                self.memory.n_nodes,
             )
-        self.begin(root)
+        self.begin(root, root.next_version)
         self.allocator = Allocator(
-            self.map, self.page_bytes // BLOCK_BYTES, root.file_blocks, slots.grow
+            self.map,
+            self.page_bytes // BLOCK_BYTES,
+            root.file_blocks,
+            root.used_blocks,
+            slots.grow,
+            has_tags=root.has_tags,
         )
 
-    @contextmanager
-    def _memory_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, OverflowError) as refused:
-            raise BudgetError(
-                f"a DRAM budget of {self.account.limit_bytes} bytes is more than the system gives: "
-                f"{refused}"
-            ) from refused
-
     def make_frames(self) -> None:
-        """Take the rest of the budget for frames, but for a 64th: page tables of later spaces.
-
-        What later spaces took of it must not keep the store from opening with the same budget, so
-        it is held back only as far as `FRAMES_MIN` frames are left.
-
-        Raises
-        ------
-        BudgetError
-            If the rest holds less than `FRAMES_MIN` frames.
-        """
-        per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
-        least = min(FRAMES_MIN, self.account.left_bytes // per_frame)
-        held_back = self.account.limit_bytes // 64
-        n_frames = max(least, (self.account.left_bytes - held_back) // per_frame)
-        if n_frames < FRAMES_MIN:
-            raise BudgetError(
-                f"a DRAM budget of {self.account.limit_bytes} bytes holds {max(0, n_frames)} pages "
-                f"of {self.page_bytes} bytes; the least is "
-                f"{budget_min(self.page_bytes, list(self.spaces.values()))} bytes"
-            )
-        self.account.charge("frames", n_frames * per_frame)
-        with self._memory_errors():
+        """Take what is left of the budget for frames; see `Memory.divide`."""
+        n_frames = self.memory.divide(list(self.spaces.values()))
+        with self.memory.asking_the_system():
             self.frames = Frames(n_frames, self.page_bytes)
-        self.policy = Clock(n_frames)
+        self.policy = self._policy_class(n_frames)
 
-    def begin(self, root: Root) -> None:
+    def begin(self, root: Root, version: int) -> None:
         """Start the transaction after `root`; what is newer than it is forgotten."""
         depths = {FIRST_SPACE + n: depth_of(space.n_pages) for n, space in self.spaces.items()}
         tops = {number: root.trees[name] for name, number in TREE_NUMBERS.items()}
-        self.map.begin(root.commit + 1, tops, depths)
-        self._catalogue_pieces_reserved = 0
-
-    def read_catalogue(self, size_bytes: int) -> Catalogue:
-        """Return the catalogue of the open transaction."""
-        content = bytearray()
-        for piece in range(-(-size_bytes // BLOCK_BYTES)):
-            raw = self.map.read_object(CATALOGUE, piece)
-            if raw is None:
-                raise CorruptionError(f"piece {piece} of the catalogue is absent")
-            content += raw.tobytes()
-        return Catalogue.decode(bytes(content[:size_bytes]))
-
-    def write_catalogue(self, content: bytes, old_size_bytes: int) -> None:
-        """Put the catalogue into the map, in place of one of `old_size_bytes`."""
-        n_pieces = -(-len(content) // BLOCK_BYTES)
-        for piece in range(n_pieces):
-            part = content[piece * BLOCK_BYTES : (piece + 1) * BLOCK_BYTES]
-            raw = self.map.private_object(CATALOGUE, piece)
-            raw[: len(part)] = np.frombuffer(part, np.uint8)
-            raw[len(part) :] = 0
-        for piece in range(n_pieces, -(-old_size_bytes // BLOCK_BYTES)):
-            self.map.remove_object(CATALOGUE, piece)
-
-    def reserve_catalogue(self, size_bytes: int) -> None:
-        """Take what every commit writes anyway, so that a commit allocates nothing."""
-        n_pieces = -(-size_bytes // BLOCK_BYTES)
-        # Asking again for what is taken already could fail on a disk that has filled up meanwhile.
-        if n_pieces <= self._catalogue_pieces_reserved:
-            return
-        n_blocks = n_pieces + self.map.depth(CATALOGUE) + self.map.depth(SPACES) + 2
-        self.allocator.ensure(0, n_blocks + self.allocation_bound(n_blocks))
-        for piece in range(n_pieces):
-            self.map.private_object(CATALOGUE, piece)
-        self._catalogue_pieces_reserved = n_pieces
+        self.map.begin(version, tops, depths)
+        self.has_written_tags = False
 
     # Spaces
 
     def add_space(self, space: Space) -> None:
-        """Give a space its page table, within the budget."""
-        self.account.charge("page tables", 4 * space.n_pages)
-        space.page_table = np.full(space.n_pages, -1, np.int32)
+        """Give a space its page table."""
+        self.memory.give_table(space)
         self.spaces[space.number] = space
 
     def drop_space(self, number: int) -> None:
         """Forget a space and its frames."""
         space = self.spaces[number]
         with self.mutex:
-            mapped = space.page_table[space.page_table >= 0].astype(np.int64)
+            mapped = space.table.lookup(space.table.pages())
             self._wait_for_release(mapped)
             self.evict(mapped, count=False)
         del self.spaces[number]
-        self.account.charge("page tables", -4 * space.n_pages)
+        self.memory.take_table(space)
 
     def checked(self, requests: Sequence[Request]) -> list[Request]:
         """Return requests whose spaces are of this store and whose pages ascend within them.
@@ -221,7 +146,7 @@ class Pager:
             if not isinstance(pages, np.ndarray) or pages.dtype != np.int64 or pages.ndim != 1:
                 raise PageIndexError(f"pages must be a one-dimensional int64 array, not {pages!r}")
             if len(pages) and not (
-                pages[0] >= 0 and pages[-1] < space.n_pages and (np.diff(pages) > 0).all()
+                pages[0] >= 0 and pages[-1] < space.n_pages and (pages[1:] > pages[:-1]).all()
             ):
                 raise PageIndexError(
                     f"pages of {space.name!r} must ascend strictly within 0 .. "
@@ -233,13 +158,13 @@ class Pager:
 
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot. I/O lock held."""
-        step = 1 << 16
-        total = 0
-        for first in range(0, space.n_pages, step):
-            pages = np.arange(first, min(first + step, space.n_pages))
-            entries = self.map.lookup(FIRST_SPACE + space.number, pages)
-            total += int((entries[:, 0] != ABSENT_WORD).sum())
-        return total
+        return sum(len(pages) for pages, _ in self.map.present(FIRST_SPACE + space.number))
+
+    def stored_pages_from(self, space: Space, first: int) -> Indices:
+        """Return some of the pages from `first` on that have a slot, none at the end."""
+        for pages, _ in self.map.present(FIRST_SPACE + space.number, first):
+            return pages
+        return np.empty(0, np.int64)
 
     # Frames
 
@@ -247,6 +172,21 @@ class Pager:
         """Drop every frame newer than the last commit, once nobody holds it. I/O lock held."""
         with self.mutex:
             frames = np.flatnonzero(self.frames.private)
+            self._wait_for_release(frames)
+            self.evict(frames, count=False)
+
+    def forget_pages(self, space: Space, first: int, stop: int) -> None:
+        """Drop the frames of pages in [first, stop), once nobody holds them. I/O lock held."""
+        with self.mutex:
+            pages = space.table.pages()
+            frames = space.table.lookup(pages[(pages >= first) & (pages < stop)])
+            self._wait_for_release(frames)
+            self.evict(frames, count=False)
+
+    def forget_everything(self) -> None:
+        """Drop every frame, once nobody holds it. I/O lock held."""
+        with self.mutex:
+            frames = np.flatnonzero(self.frames.space >= 0)
             self._wait_for_release(frames)
             self.evict(frames, count=False)
 
@@ -261,7 +201,7 @@ class Pager:
         I/O lock held. Returns how many were brought in.
         """
         with self.mutex:
-            pages = pages[space.page_table[pages] < 0]
+            pages = pages[space.table.lookup(pages) < 0]
         frames = self.obtain(len(pages), wait=False)
         pages = pages[: len(frames)]
         try:
@@ -272,7 +212,7 @@ class Pager:
             raise
         with self.mutex:
             self.frames.map(space, pages, frames)
-            self.policy.insert(frames)
+            self.policy.insert(frames, self.frames.keys(frames))
             self.frames.prefetched[frames] = True
             self.counts["prefetched"] += len(pages)
         return len(pages)
@@ -281,7 +221,7 @@ class Pager:
         """Return the frames if the claim can be granted without I/O. Mutex held."""
         found = []
         for space, pages in requests:
-            frames = space.page_table[pages].astype(np.int64)
+            frames = space.table.lookup(pages)
             if len(frames) and frames.min() < 0:
                 return None
             if write and (
@@ -311,7 +251,7 @@ class Pager:
         try:
             with self.mutex:
                 for space, pages in requests:
-                    frames = space.page_table[pages].astype(np.int64)
+                    frames = space.table.lookup(pages)
                     present = frames[frames >= 0]
                     self.frames.pins[present] += 1
                     pinned.append(present)
@@ -335,9 +275,9 @@ class Pager:
                 start += len(absent)
                 self.frames.map(space, absent, frames)
                 self.frames.pins[frames] += 1
-                self.policy.insert(frames)
+                self.policy.insert(frames, self.frames.keys(frames))
                 self.counts["misses"] += len(absent)
-                frames_of.append(space.page_table[pages].astype(np.int64))
+                frames_of.append(space.table.lookup(pages))
             return frames_of
 
     def obtain(self, count: int, *, wait: bool) -> Indices:
@@ -352,7 +292,7 @@ class Pager:
                     if needed == 0:
                         return taken
                     victims = self.policy.victims(
-                        max(0, needed - self.frames.n_limbo), self.frames.evictable
+                        max(0, needed - self.frames.n_limbo), self.frames.evictable()
                     )
                     dirty = victims[self.frames.dirty[victims]][:WAVE_PAGES]
                     clean = victims[~self.frames.dirty[victims]]
@@ -454,15 +394,18 @@ class Pager:
             blocks = self.allocator.take_slots(int(fresh.sum()))
             entries = [pack_entry(int(block), self.map.version, 0) for block in blocks]
             self.map.set_entries(tree, pages[fresh], np.array(entries, np.uint64))
-            for word0, word1 in old:
-                if word0 != ABSENT_WORD:
-                    self.allocator.give_back(
-                        unpack_entry(int(word0), int(word1))[0], self.page_bytes // BLOCK_BYTES
-                    )
+            self.free_pages(old[old[:, 0] != ABSENT_WORD])
             with self.mutex:
                 self.frames.private[frames[fresh]] = True
                 self.frames.dirty[frames[fresh]] = True
                 self.frames.block[frames[fresh]] = blocks
+
+    def free_pages(self, entries: Words) -> None:
+        """Give back the slots that entries name. I/O lock held, room for the bitmaps ensured."""
+        n_blocks = self.page_bytes // BLOCK_BYTES
+        for word0, word1 in entries.tolist():
+            block, version, _ = unpack_entry(word0, word1)
+            self.allocator.give_back(block, n_blocks, version)
 
     def write_pages(self, frames: Indices) -> None:
         """Write frames, which nobody changes, to their slots and name them. I/O lock held."""
@@ -488,6 +431,9 @@ class Pager:
             except OSError:
                 for frame in wave:
                     self._write_page_elsewhere(int(frame))
+            if self.tags is not None:
+                self.has_written_tags = True
+                self.tags.write(self._tags_of(wave, crcs))
             entries = np.array(
                 [
                     pack_entry(int(books.block[frame]), self.map.version, crc)
@@ -502,6 +448,19 @@ class Pager:
                 )
             with self.mutex:
                 books.dirty[wave] = False
+
+    def _tags_of(self, frames: Indices, crcs: list[int]) -> list[Tag]:
+        books = self.frames
+        fields = zip(
+            books.block[frames].tolist(),
+            books.space[frames].tolist(),
+            books.page[frames].tolist(),
+            crcs,
+            strict=True,
+        )
+        return [
+            Tag(block, space, page, self.map.version, crc) for block, space, page, crc in fields
+        ]
 
     def _write_page_elsewhere(self, frame: int) -> None:
         """Write one page, to another slot where the device refuses one; that one is given up."""

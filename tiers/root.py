@@ -13,8 +13,11 @@ the bytes of a copy.
 
 from __future__ import annotations
 
+import json
 import struct
+import zlib
 from dataclasses import dataclass, field
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -24,15 +27,30 @@ from tiers.errors import CorruptionError, FormatVersionError, NotAStoreError
 
 BLOCK_BYTES = 4096
 ROOT_FILE_BYTES = 4 * BLOCK_BYTES
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMATS_READ = (1, 2)
 MAGIC = b"dpncroot"
+ABANDONED_MAX = 32
+VERSIONS_A_PROCESS = 1 << 20
+"""Versions that one process may use between two commits."""
 
 _HEAD = struct.Struct("<8sII")  # magic, format version, crc32c of the block with this word zero
 _BODY = struct.Struct(
     "<16sIIQQQ"
-)  # store id, page bytes, zero, commit, file blocks, catalogue bytes
+)  # store id, page bytes, flags, commit, file blocks, catalogue bytes
 _TREE = struct.Struct("<QQI4x")  # the top entry of a tree (two words), its depth
+_TAIL = struct.Struct("<QQQII")
+# version, next version, used blocks, count of abandoned ranges, bytes of the outline
+_RANGE = struct.Struct("<QQ")
+_TAIL_OFFSET = 136
+_ABANDONED_OFFSET = _TAIL_OFFSET + _TAIL.size
+_OUTLINE_OFFSET = _ABANDONED_OFFSET + ABANDONED_MAX * _RANGE.size
+OUTLINE_BYTES_MAX = BLOCK_BYTES - _OUTLINE_OFFSET
+_HAS_TAGS, _IS_CLEAN = 1, 2
+_UNCOUNTED = (1 << 64) - 1
 TREES = ("allocation", "spaces", "catalogue")
+
+Range = tuple[int, int]
 
 
 @dataclass
@@ -60,6 +78,23 @@ class Root:
         Length of the catalogue document.
     trees : dict of str to TreeTop
         ``"allocation"``, ``"spaces"``, ``"catalogue"``.
+    version : int
+        Version of what this commit wrote. Versions grow like commits, but some are passed over:
+        none is used by two transactions, even if one of them was aborted or cut short.
+    next_version : int
+        The first that no transaction has used.
+    used_blocks : int or None
+        Blocks of the page file that are not free; None where format 1 left it to be counted.
+    abandoned : tuple of (int, int)
+        Ranges of versions that slot tags may still bear though they were never committed, or
+        were rolled back.
+    has_tags : bool
+        Whether the page file has slot tags (see `tiers.tags`); stores of format 1 have none.
+    is_clean : bool
+        Whether the process that wrote this root ended with no transaction begun.
+    outline : bytes
+        The spaces and attributes of this commit, see `encode_outline`, for a salvage that has
+        lost the catalogue; empty where they are too large.
     damaged_copies : list of int
         Blocks of the root file that failed their checksum when this root was read.
     """
@@ -70,6 +105,13 @@ class Root:
     file_blocks: int
     catalogue_bytes: int
     trees: dict[str, TreeTop]
+    version: int
+    next_version: int
+    used_blocks: int | None
+    abandoned: tuple[Range, ...] = ()
+    has_tags: bool = True
+    is_clean: bool = False
+    outline: bytes = b""
     damaged_copies: list[int] = field(default_factory=list)
 
     def slot_offset(self) -> int:
@@ -78,6 +120,7 @@ class Root:
 
     def encode(self) -> npt.NDArray[np.uint8]:
         """Return both copies, 8 KiB."""
+        assert len(self.abandoned) <= ABANDONED_MAX and len(self.outline) <= OUTLINE_BYTES_MAX
         block = bytearray(BLOCK_BYTES)
         _HEAD.pack_into(block, 0, MAGIC, FORMAT_VERSION, 0)
         _BODY.pack_into(
@@ -85,7 +128,7 @@ class Root:
             _HEAD.size,
             self.store_id,
             self.page_bytes,
-            0,
+            _HAS_TAGS * self.has_tags | _IS_CLEAN * self.is_clean,
             self.commit,
             self.file_blocks,
             self.catalogue_bytes,
@@ -95,8 +138,48 @@ class Root:
             top = self.trees[name]
             _TREE.pack_into(block, offset, top.word0, top.word1, top.depth)
             offset += _TREE.size
+        assert offset == _TAIL_OFFSET
+        _TAIL.pack_into(
+            block,
+            _TAIL_OFFSET,
+            self.version,
+            self.next_version,
+            _UNCOUNTED if self.used_blocks is None else self.used_blocks,
+            len(self.abandoned),
+            len(self.outline),
+        )
+        for i, versions in enumerate(self.abandoned):
+            _RANGE.pack_into(block, _ABANDONED_OFFSET + i * _RANGE.size, *versions)
+        block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + len(self.outline)] = self.outline
         _HEAD.pack_into(block, 0, MAGIC, FORMAT_VERSION, google_crc32c.value(bytes(block)))
         return np.frombuffer(bytes(block) * 2, np.uint8).copy()
+
+
+def encode_outline(spaces: dict[str, Any], attributes: dict[str, Any]) -> bytes:
+    """Return the outline of a catalogue, zlib over JSON; empty if it does not fit into a root."""
+    for document in ({"spaces": spaces, "attributes": attributes}, {"spaces": spaces}):
+        outline = zlib.compress(json.dumps(document, separators=(",", ":")).encode(), 9)
+        if len(outline) <= OUTLINE_BYTES_MAX:
+            return outline
+    return b""
+
+
+def decode_outline(outline: bytes) -> dict[str, Any]:
+    """Return the document that `encode_outline` was given; its checksum was right."""
+    document = json.loads(zlib.decompress(outline))
+    assert isinstance(document, dict)
+    return document
+
+
+def merge_ranges(ranges: list[Range]) -> tuple[Range, ...]:
+    """Return ascending ranges (first, last) with those that touch or overlap made one."""
+    merged: list[Range] = []
+    for first, last in sorted(ranges):
+        if merged and first <= merged[-1][1] + 1:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return tuple(merged)
 
 
 def _decode_copy(block: bytes) -> Root | int | None:
@@ -108,9 +191,9 @@ def _decode_copy(block: bytes) -> Root | int | None:
     _HEAD.pack_into(blank, 0, magic, version, 0)
     if google_crc32c.value(bytes(blank)) != crc:
         return None
-    if version != FORMAT_VERSION:
+    if version not in FORMATS_READ:
         return int(version)
-    store_id, page_bytes, _, commit, file_blocks, catalogue_bytes = _BODY.unpack_from(
+    store_id, page_bytes, flags, commit, file_blocks, catalogue_bytes = _BODY.unpack_from(
         block, _HEAD.size
     )
     offset = _HEAD.size + _BODY.size
@@ -118,7 +201,39 @@ def _decode_copy(block: bytes) -> Root | int | None:
     for name in TREES:
         trees[name] = TreeTop(*_TREE.unpack_from(block, offset))
         offset += _TREE.size
-    return Root(store_id, page_bytes, commit, file_blocks, catalogue_bytes, trees)
+    root = Root(
+        store_id,
+        page_bytes,
+        commit,
+        file_blocks,
+        catalogue_bytes,
+        trees,
+        version=commit,
+        next_version=commit + 1,
+        used_blocks=None,
+        has_tags=False,
+    )
+    if version == 1:
+        return root
+    root.version, root.next_version, root.used_blocks, n_abandoned, n_outline = _TAIL.unpack_from(
+        block, _TAIL_OFFSET
+    )
+    if n_abandoned > ABANDONED_MAX or n_outline > OUTLINE_BYTES_MAX:
+        return None
+    if root.used_blocks == _UNCOUNTED:
+        root.used_blocks = None
+    root.abandoned = tuple(
+        _RANGE.unpack_from(block, _ABANDONED_OFFSET + i * _RANGE.size) for i in range(n_abandoned)
+    )
+    root.has_tags = bool(flags & _HAS_TAGS)
+    root.is_clean = bool(flags & _IS_CLEAN)
+    root.outline = block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + n_outline]
+    return root
+
+
+def _age(root: Root) -> tuple[int, int, bool]:
+    """Order roots: later commits, then what opening and closing wrote of the same one."""
+    return root.commit, root.next_version, root.is_clean
 
 
 def decode_root_file(content: bytes, path: str) -> Root:
@@ -147,7 +262,7 @@ def decode_root_file(content: bytes, path: str) -> Root:
             raise FormatVersionError(path, copy, FORMAT_VERSION)
         if copy is None:
             damaged.append(number)
-        elif newest is None or copy.commit > newest.commit:
+        elif newest is None or _age(copy) > _age(newest):
             newest = copy
     if newest is None:
         raise CorruptionError(f"{path}: none of the four root copies is whole")

@@ -24,7 +24,7 @@ import numpy as np
 from tiers.allocator import BLOCK_BYTES
 from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
-from tiers.root import FORMAT_VERSION
+from tiers.root import FORMAT_VERSION, FORMATS_READ
 
 _HEADER = struct.Struct(
     "<8sII16sI"
@@ -105,7 +105,8 @@ class SlotFile:
             magic, version, found_page_bytes, found_id, crc = _HEADER.unpack(content)
             if magic != MAGIC or google_crc32c.value(content[:-4]) != crc:
                 raise CorruptionError(f"{path}: the header of the page file is damaged")
-            if (version, found_page_bytes, found_id) != (FORMAT_VERSION, page_bytes, store_id):
+            is_known = version in FORMATS_READ
+            if not is_known or (found_page_bytes, found_id) != (page_bytes, store_id):
                 raise CorruptionError(f"{path}: the page file belongs to another store")
         except BaseException:
             disk.close(slots.file)
@@ -191,6 +192,10 @@ class SlotFile:
         """Make contents and length durable; an `OSError` goes to the caller, who must not retry."""
         self._disk.sync(self.file)
         self.n_syncs += 1
+
+    def truncate(self, size_blocks: int) -> None:
+        """Cut the file; an `OSError` goes to the caller."""
+        self._disk.truncate(self.file, size_blocks * BLOCK_BYTES)
 
     def close(self) -> None:
         self._disk.close(self.file)

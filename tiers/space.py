@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import SpaceError
+from tiers.page_table import DensePageTable, PageTable
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
@@ -150,9 +151,8 @@ class Space:
         Its place in the catalogue.
     spec : SpaceSpec
     rows_per_page, n_pages : int
-    page_table : int32 array (n_pages,)
-        Frame of each resident page, -1 where absent. Read it under a claim or in an epoch; never
-        write it.
+    table : PageTable
+        Which frame holds each resident page; the store's mutex guards it.
     """
 
     def __init__(self, number: int, spec: SpaceSpec, page_bytes: int) -> None:
@@ -166,7 +166,7 @@ class Space:
         self.page_bytes = page_bytes
         self.rows_per_page = page_bytes // spec.row_bytes
         self.n_pages = -(-spec.n_rows // self.rows_per_page)
-        self.page_table: npt.NDArray[np.int32] = np.empty(0, np.int32)
+        self.table: PageTable = DensePageTable(0)
 
     def __repr__(self) -> str:
         return (
@@ -190,6 +190,30 @@ class Space:
     def n_rows(self) -> int:
         return self.spec.n_rows
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether there is a `page_table`; decided at each opening, from the budget."""
+        return isinstance(self.table, DensePageTable)
+
+    @property
+    def page_table(self) -> npt.NDArray[np.int32]:
+        """Frame of each page, int32 (n_pages,), -1 where absent.
+
+        Read it under a claim or in an epoch; never write it.
+
+        Raises
+        ------
+        SpaceError
+            If the budget is too small for a frame number for every page of the space. A claim
+            says in `Claim.frames` where its pages are.
+        """
+        if not isinstance(self.table, DensePageTable):
+            raise SpaceError(
+                f"space {self.name!r} has {self.n_pages} pages, too many for a page table in this "
+                "DRAM budget; take the frames of a claim"
+            )
+        return self.table.frames
+
     def fill_initial(self, page: int, content: npt.NDArray[np.uint8]) -> None:
         """Fill a page's bytes with what its unwritten rows read as.
 
@@ -206,14 +230,16 @@ class Space:
             value = initial.value if self.dtype.kind == "f" else int(initial.value)
             elements[:] = self.dtype.type(value)
             return
-        first = np.uint64(page * n_elements)
-        elements[:] = uniform_at(first, n_elements, initial)
+        elements[:] = uniform_at(page * n_elements, n_elements, initial)
 
 
-def uniform_at(first: np.uint64, count: int, initial: Uniform) -> npt.NDArray[np.float32]:
-    """Return elements ``first .. first + count - 1`` of the stream of `initial`, float32."""
+def uniform_at(first: int, count: int, initial: Uniform) -> npt.NDArray[np.float32]:
+    """Return elements ``first .. first + count - 1`` of the stream of `initial`, float32.
+
+    Elements are counted modulo 2^64: a space of 2^63 rows has more.
+    """
     with np.errstate(over="ignore"):
-        word = np.arange(count, dtype=np.uint64) + first + np.uint64(1)
+        word = np.arange(count, dtype=np.uint64) + np.uint64((first + 1) % (1 << 64))
         word *= np.uint64(0x9E3779B97F4A7C15)
         word += np.uint64(initial.seed)
         word ^= word >> np.uint64(30)

@@ -11,7 +11,7 @@ from tiers.pager import Pager
 def collect(pager: Pager) -> dict[str, Any]:
     """Return the pager's counters by tier, sizes in bytes; see `Store.stats`. Mutex held."""
     counts = pager.counts
-    account = pager.account
+    account = pager.memory.account
     demanded = counts["hits"] + counts["misses"]
     return {
         "page_bytes": pager.page_bytes,

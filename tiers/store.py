@@ -1,27 +1,12 @@
-"""The store: pages of many spaces, claimed from a bounded DRAM arena, committed in one step.
-
-Locks, in the order in which they are taken:
-
-``_writer``
-    One write section at a time; a commit or abort takes it too, so both wait until updates ended.
-``_io``
-    Whoever faults, writes back, reserves or commits: map, allocator and files belong to its holder.
-``_pager.mutex``
-    Frames, page tables, policy and counters; never held across I/O.
-
-Nobody waits for `_io` with a pin in hand (`NestedClaimError` otherwise), so its holder can wait for
-pins to go away.
-"""
+"""The store: pages of many spaces, claimed from a bounded DRAM arena, committed in one step."""
 
 from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +14,26 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.budget import Budget
-from tiers.catalogue import Catalogue
 from tiers.claims import Claim, Claims
 from tiers.condition import Condition
 from tiers.disk import Bytes, Disk, OsDisk
 from tiers.errors import (
-    BudgetError,
     ClaimTooLargeError,
+    CorruptionError,
+    SnapshotExpiredError,
     SpaceError,
 )
 from tiers.files import StoreFiles
-from tiers.page_map import FIRST_SPACE, TREE_NUMBERS, depth_of
-from tiers.pager import Indices, Pager, Request, budget_min
-from tiers.root import Root
+from tiers.memory import require_room
+from tiers.pager import Indices, Pager, Request
+from tiers.sections import Sections
+from tiers.snapshots import Snapshots
 from tiers.space import Constant, Initial, Space, SpaceSpec
 from tiers.stats import collect
+from tiers.transaction import Transaction
 
 PAGE_BYTES_DEFAULT = 65536
-PAGE_BYTES_ALLOWED = tuple(1 << bits for bits in range(12, 21))
-PREFETCH_WAVE_PAGES = 16
-
-_open_stores: weakref.WeakSet[Store] = weakref.WeakSet()
+POLICY_DEFAULT = "s3fifo"
 
 
 class Store:
@@ -58,6 +42,13 @@ class Store:
     After `commit` returns, everything written before it survives a process kill and, where the
     device honours a flush, a power cut. What was written since the last commit is lost when the
     store is closed, aborted or killed.
+
+    Attributes
+    ----------
+    path : Path
+    budget : Budget
+    snapshots : Snapshots
+        Commits that were given names: ``store.snapshots.take("before")``.
     """
 
     def __init__(
@@ -65,28 +56,23 @@ class Store:
         path: Path,
         files: StoreFiles,
         budget: Budget,
+        policy: str,
         read_only: bool,
         new_spaces: Sequence[SpaceSpec] = (),
     ) -> None:
         self.path = path
         self.budget = budget
-        self._condition = Condition(path, read_only=read_only)
         self._files = files
-        self._root = files.root
-        self._writer = threading.RLock()
-        self._io = threading.RLock()
-        self._changed = False
-        self._counts = {"commits": 0, "aborts": 0}
-        self._pager = Pager(files.root, files.slots, budget)
-        self._claims = Claims(self._pager, self._condition, self._io)
-        self._catalogue = self._pager.read_catalogue(self._root.catalogue_bytes)
-        for number, spec in self._catalogue.spaces.items():
-            self._pager.add_space(Space(number, spec, self.page_bytes))
-        self._pager.begin(self._root)
+        self._condition = Condition(path, read_only=read_only, is_expired=files.is_expired)
+        io = threading.RLock()
+        self._pager = Pager(files.root, files.slots, budget, policy)
+        self._claims = Claims(self._pager, self._condition, io)
+        self._sections = Sections(self._condition, self._claims, self._pager.map, io)
+        self._transaction = Transaction(files, self._pager, self._condition)
+        self.snapshots = Snapshots(self._transaction, self._pager, self._sections.alone)
         for spec in new_spaces:
-            self._register(spec)
+            self._transaction.add_space(spec)
         self._pager.make_frames()
-        _open_stores.add(self)
 
     # Life
 
@@ -99,6 +85,7 @@ class Store:
         page_size: int = PAGE_BYTES_DEFAULT,
         spaces: Sequence[SpaceSpec] = (),
         prepare: Callable[[Store], None] | None = None,
+        policy: str = POLICY_DEFAULT,
         disk: Disk | None = None,
     ) -> Store:
         """Make a new store, a directory; durable when this returns.
@@ -115,6 +102,8 @@ class Store:
         prepare : callable, optional
             Writes what the store is to contain from the first: nobody sees a store without it, even
             after a crash. If it raises, nothing is left behind.
+        policy : {"s3fifo", "clock", "lru", "sieve"}
+            Which page gives way, of this open store.
         disk : Disk, optional
             The operating system when left out.
 
@@ -124,23 +113,11 @@ class Store:
             If there is something at `path`.
         BudgetError, SpaceError, StoreFullError, StoreIOError
         """
-        path = Path(path)
-        disk = disk or OsDisk()
-        budget = Budget.of(budget)
-        if type(page_size) is not int or page_size not in PAGE_BYTES_ALLOWED:
-            raise SpaceError(
-                f"page_size must be a power of two from {PAGE_BYTES_ALLOWED[0]} to "
-                f"{PAGE_BYTES_ALLOWED[-1]}, not {page_size!r}"
-            )
-        least = budget_min(page_size, [Space(0, spec, page_size) for spec in spaces])
-        if budget.dram_bytes < least:
-            raise BudgetError(
-                f"a DRAM budget of {budget.dram_bytes} bytes is too small for pages of {page_size} "
-                f"bytes; the least is {least} bytes"
-            )
+        path, disk, budget = Path(path), disk or OsDisk(), Budget.of(budget)
+        require_room(budget.dram_bytes, page_size, spaces)
         files = StoreFiles.create(disk, path, page_size, budget.nvme_bytes)
         try:
-            store = cls(path, files, budget, False, spaces)
+            store = cls(path, files, budget, policy, False, spaces)
             if prepare is not None:
                 prepare(store)
             store.commit()
@@ -157,29 +134,42 @@ class Store:
         budget: Budget | str | int,
         *,
         read_only: bool = False,
+        snapshot: str | None = None,
+        policy: str = POLICY_DEFAULT,
         disk: Disk | None = None,
     ) -> Store:
-        """Open a store at its last commit.
+        """Open a store at its last commit, or to read it as it was at a snapshot.
 
         Parameters
         ----------
         path : path
         budget : Budget, str or int
         read_only : bool
-            Any number of readers, or one writer, may have a store open.
+            Any number of readers, in any number of processes, may have a store open beside one
+            writer. A reader stays at the commit that it found; see `refresh`.
+        snapshot : str, optional
+            Read the state of this name; needs `read_only`.
+        policy : {"s3fifo", "clock", "lru", "sieve"}
+            Which page gives way.
         disk : Disk, optional
 
         Raises
         ------
         StoreNotFoundError, NotAStoreError, FormatVersionError, CorruptionError, StoreLockedError
-        BudgetError, StoreIOError
+        SnapshotError, BudgetError, StoreIOError
         """
-        path = Path(path)
-        disk = disk or OsDisk()
-        budget = Budget.of(budget)
-        files = StoreFiles.open(disk, path, budget.nvme_bytes, read_only=read_only)
+        path, disk, budget = Path(path), disk or OsDisk(), Budget.of(budget)
+        files = StoreFiles.open(
+            disk, path, budget.nvme_bytes, read_only=read_only, snapshot=snapshot
+        )
         try:
-            return cls(path, files, budget, read_only)
+            return cls(path, files, budget, policy, read_only)
+        except CorruptionError as damage:
+            is_expired = files.is_expired()
+            files.close()
+            if is_expired:
+                raise SnapshotExpiredError(f"{path} was reopened by a writer") from damage
+            raise
         except BaseException:
             files.close()
             raise
@@ -189,14 +179,14 @@ class Store:
         if self._condition.closed or self._condition.forked:
             return
         self._claims.require_nothing_held()
-        with self._writer, self._io:
+        with self._sections.writer, self._claims.io:
             if self._condition.closed:
                 return
+            self._transaction.end()
             with self._pager.mutex:
                 self._condition.closed = True
                 self._pager.released.notify_all()
             self._files.close()
-            _open_stores.discard(self)
 
     def __enter__(self) -> Store:
         return self
@@ -232,25 +222,72 @@ class Store:
         ------
         SpaceError
             If a value is refused, or the name is taken.
-        BudgetError
-            If its page table does not fit into the budget.
         """
         self._claims.require_nothing_held()
-        with self._writing(), self._io, self._condition.guarding("creating a space"):
-            spec = SpaceSpec(name, dtype, row_width, n_rows, initial or Constant())
-            return self._register(spec)
+        spec = SpaceSpec(name, dtype, row_width, n_rows, initial or Constant())
+        with self._sections.changing("creating a space"):
+            return self._transaction.add_space(spec)
 
-    def _register(self, spec: SpaceSpec) -> Space:
-        if any(space.name == spec.name for space in self.spaces):
-            raise SpaceError(f"there is a space {spec.name!r} already")
-        space = Space(max(self._pager.spaces, default=-1) + 1, spec, self.page_bytes)
-        catalogue = replace(self._catalogue, spaces={**self._catalogue.spaces, space.number: spec})
-        self._begin_change()
-        self._pager.reserve_catalogue(len(catalogue.encode()))
-        self._pager.add_space(space)
-        self._pager.map.add_space(FIRST_SPACE + space.number, depth_of(space.n_pages))
-        self._catalogue = catalogue
-        return space
+    def drop_space(self, name: str) -> None:
+        """Remove a space and everything in it, with the next commit; `abort` brings it back.
+
+        Raises
+        ------
+        SpaceError
+            If there is none of this name.
+        StoreFullError
+            If there is no room to note what is free now. Nothing has changed.
+        """
+        with self._sections.changing("dropping a space"):
+            self._transaction.drop_space(self.space(name))
+
+    def allocate(self, space: Space, n_pages: int) -> int:
+        """Give out a run of neighbouring pages that no earlier call was given.
+
+        Pages are not given out twice, even if they are discarded: a space may have 2^63 rows, and
+        what is not written costs nothing.
+
+        Parameters
+        ----------
+        space : Space
+        n_pages : int
+
+        Returns
+        -------
+        int
+            The first page of the run; durable with the next commit.
+
+        Raises
+        ------
+        SpaceError
+            If the space has not so many pages left.
+        """
+        with self._sections.changing("allocating pages"):
+            return self._transaction.allocate(space, n_pages)
+
+    def discard(self, space: Space, first: int, stop: int) -> int:
+        """Make the pages [first, stop) unwritten: they read as the initial value again.
+
+        Parameters
+        ----------
+        space : Space
+        first, stop : int
+
+        Returns
+        -------
+        int
+            How many of them had been written. Their slots are free after the next commit, or when
+            the last snapshot goes that refers to them.
+
+        Raises
+        ------
+        PageIndexError
+            If the range is not within the space.
+        StoreFullError
+            If there is no room to note what is free now. Nothing has changed.
+        """
+        with self._sections.changing("discarding pages"):
+            return self._transaction.discard(space, first, stop)
 
     def space(self, name: str) -> Space:
         """Return a space by name.
@@ -281,22 +318,22 @@ class Store:
 
     @property
     def page_bytes(self) -> int:
-        return self._root.page_bytes
+        return self._files.root.page_bytes
 
     @property
     def attributes(self) -> dict[str, Any]:
         """The document of whoever built the store, as of the last commit; a copy."""
-        return deepcopy(self._catalogue.attributes)
+        return deepcopy(self._transaction.catalogue.attributes)
 
     @property
     def meta(self) -> dict[str, Any]:
         """The user's document, of the last commit that was given one; a copy."""
-        return deepcopy(self._catalogue.meta)
+        return deepcopy(self._transaction.catalogue.meta)
 
     @property
     def commit_number(self) -> int:
         """Number of the last durable commit."""
-        return self._root.commit
+        return self._transaction.root.commit
 
     @property
     def arena(self) -> Bytes:
@@ -345,15 +382,17 @@ class Store:
             raise ClaimTooLargeError(total, self.n_frames)
         if not write:
             return self._claims.take(checked, reserve=None, on_release=lambda: None)
-        self._refuse_reader()
-        self._writer.acquire()
+        self._sections.refuse_reader()
+        self._sections.writer.acquire()
         try:
-            self.require_whole()
+            self._sections.require_whole()
             return self._claims.take(
-                checked, reserve=self._ensure_room, on_release=self._writer.release
+                checked,
+                reserve=self._transaction.ensure_room,
+                on_release=self._sections.writer.release,
             )
         except BaseException:
-            self._writer.release()
+            self._sections.writer.release()
             raise
 
     @contextmanager
@@ -376,14 +415,31 @@ class Store:
         self._condition.require_usable()
         ((_, pages),) = self._pager.checked([(space, pages)])
         with self._pager.mutex:
-            return np.asarray(space.page_table[pages] >= 0)
+            return np.asarray(space.table.lookup(pages) >= 0)
 
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot; the others read as its initial value."""
-        self._condition.require_usable()
-        self._claims.require_nothing_held()
-        with self._io:
+        with self._sections.doing_io("counting pages"):
             return self._pager.n_stored_pages(space)
+
+    def stored_pages(self, space: Space) -> Iterator[Indices]:
+        """Yield the pages of a space that have a slot, ascending, at most 256 at a time.
+
+        The cost is by pages that are there. What is written or discarded meanwhile, of pages that
+        were not yielded yet, may be among them or not.
+        """
+        pages = self._stored_from(space, 0)
+        while len(pages):
+            yield pages
+            pages = self._stored_from(space, int(pages[-1]) + 1)
+
+    def _stored_from(self, space: Space, first: int) -> Indices:
+        with self._sections.doing_io("listing pages"):
+            return self._pager.stored_pages_from(space, first)
+
+    def n_allocated(self, space: Space) -> int:
+        """Return how many pages of a space `allocate` has given out, uncommitted ones included."""
+        return self._transaction.catalogue.allocated.get(space.number, 0)
 
     def fetch(self, space: Space, pages: Indices) -> int:
         """Bring pages in without holding them; return how many were brought in.
@@ -392,17 +448,8 @@ class Store:
         had without waiting.
         """
         self._condition.require_usable()
-        self._claims.require_nothing_held()
         ((_, pages),) = self._pager.checked([(space, pages)])
-        n_fetched = 0
-        for start in range(0, len(pages), PREFETCH_WAVE_PAGES):
-            self._claims.wait_for_demands()
-            with self._io, self._condition.guarding("a fetch"):
-                if self._condition.closed or self._condition.poison:
-                    break
-                wave = pages[start : start + PREFETCH_WAVE_PAGES]
-                n_fetched += self._pager.fetch_wave(space, wave)
-        return n_fetched
+        return self._claims.fetch(space, pages)
 
     # Writing
 
@@ -413,14 +460,8 @@ class Store:
         If the block raises after it was granted a write claim, the transaction is broken: only
         `abort` is accepted.
         """
-        with self._writing():
-            n_writes = self._claims.n_writes
-            try:
-                yield
-            except BaseException as failure:
-                if self._claims.n_writes > n_writes:
-                    self._condition.broken = f"an update was cut short by {failure!r}"
-                raise
+        with self._sections.updating():
+            yield
 
     def reserve(self, requests: Sequence[Request]) -> None:
         """See to it that these pages can be written in this write section, whatever the disk.
@@ -430,9 +471,8 @@ class Store:
         StoreFullError
             If they cannot; nothing has changed.
         """
-        self._claims.require_nothing_held()
-        with self._writing(), self._io, self._condition.guarding("a reservation"):
-            self._ensure_room(self._pager.checked(requests))
+        with self._sections.changing("a reservation"):
+            self._transaction.ensure_room(self._pager.checked(requests))
 
     def commit(
         self, *, attributes: dict[str, Any] | None = None, meta: dict[str, Any] | None = None
@@ -465,59 +505,27 @@ class Store:
             If a sync or the root failed: the store refuses from now on; reopening gives the last
             commit or this one, whole.
         """
-        self._claims.require_nothing_held()
-        with self._writing(), self._io:
-            if not self._changed and attributes is None and meta is None:
-                return self._root.commit
-            catalogue = replace(
-                self._catalogue,
-                attributes=self._catalogue.attributes if attributes is None else attributes,
-                meta=self._catalogue.meta if meta is None else meta,
-            )
-            content = catalogue.encode()
-            with self._condition.guarding("commit"):
-                self._begin_change()
-                self._pager.reserve_catalogue(len(content))
-                self._pager.write_pages(np.flatnonzero(self._pager.frames.dirty))
-            with self._condition.poisoning("commit"):
-                self._pager.write_catalogue(content, self._root.catalogue_bytes)
-                self._pager.allocator.settle()
-                self._pager.map.flush()
-                root = Root(
-                    self._root.store_id,
-                    self.page_bytes,
-                    self._root.commit + 1,
-                    self._pager.allocator.file_blocks,
-                    len(content),
-                    {name: self._pager.map.tops[tree] for name, tree in TREE_NUMBERS.items()},
-                )
-                self._files.slots.sync()
-                self._files.write_root(root)
-                self._root = root
-                self._catalogue = Catalogue.decode(content)
-                self._changed = False
-                self._counts["commits"] += 1
-                with self._pager.mutex:
-                    self._pager.frames.private[:] = False
-                self._pager.begin(root)
-                self._pager.allocator.committed()
-            return root.commit
+        with self._sections.alone():
+            return self._transaction.commit(attributes, meta).commit
 
     def abort(self) -> None:
         """Return to the last commit; waits until claims on what is forgotten have been released."""
-        self._claims.require_nothing_held()
-        with self._writing(whole=False), self._io, self._condition.poisoning("abort"):
-            self._pager.forget_private()
-            self._pager.begin(self._root)
-            self._catalogue = self._pager.read_catalogue(self._root.catalogue_bytes)
-            for number in set(self._pager.spaces) - set(self._catalogue.spaces):
-                self._pager.drop_space(number)
-            self._pager.begin(self._root)
-            self._pager.allocator.file_blocks = self._root.file_blocks
-            self._pager.allocator.recount()
-            self._changed = False
-            self._condition.broken = None
-            self._counts["aborts"] += 1
+        with self._sections.alone(whole=False):
+            self._transaction.abort()
+
+    def refresh(self) -> int:
+        """Go on to the newest commit of a store that is open read-only beside a writer.
+
+        Waits until claims have been released. Pages are read anew; spaces that are still there
+        stay the same objects.
+
+        Returns
+        -------
+        int
+            Number of the commit that is read now.
+        """
+        with self._sections.looking("a refresh"):
+            return self._transaction.refresh(self.path).commit
 
     # Looking
 
@@ -525,7 +533,11 @@ class Store:
         """Return counters since the store was opened, and sizes in bytes."""
         self._condition.require_usable()
         with self._pager.mutex:
-            return {"commit": self._root.commit, **self._counts, **collect(self._pager)}
+            return {
+                "commit": self.commit_number,
+                **self._transaction.counts,
+                **collect(self._pager),
+            }
 
     def require_usable(self) -> None:
         """Raise what any call would raise on a store that is closed, forked or refuses."""
@@ -533,9 +545,7 @@ class Store:
 
     def require_whole(self) -> None:
         """Raise `TransactionBrokenError` if a change was cut short; only `abort` helps then."""
-        if self._pager.map.failure is not None and self._condition.broken is None:
-            self._condition.broken = f"a change was cut short by {self._pager.map.failure}"
-        self._condition.require_whole()
+        self._sections.require_whole()
 
     def check(self) -> dict[str, int]:
         """Recount every invariant and read back every block and page; return what was counted.
@@ -549,42 +559,5 @@ class Store:
         """
         from tiers.check import check
 
-        self._condition.require_usable()
-        self._claims.require_nothing_held()
-        with self._writer, self._io:
-            return check(self._pager, self.spaces, self._root)
-
-    # Inside: write sections
-
-    @contextmanager
-    def _writing(self, *, whole: bool = True) -> Iterator[None]:
-        self._refuse_reader()
-        with self._writer:
-            self._condition.require_writable()
-            if whole:
-                self.require_whole()
-            yield
-
-    def _refuse_reader(self) -> None:
-        self._condition.require_writable()
-        self._claims.require_no_reading()
-
-    def _ensure_room(self, requests: list[Request]) -> None:
-        """See to it that pages can be written, growing the file if need be. I/O lock held."""
-        self._begin_change()
-        self._pager.ensure_room(requests)
-
-    def _begin_change(self) -> None:
-        """Take what every commit writes anyway, once a transaction. I/O lock held."""
-        if not self._changed:
-            self._pager.reserve_catalogue(self._root.catalogue_bytes)
-            self._changed = True
-
-
-def _unlock_in_child() -> None:
-    for store in list(_open_stores):
-        store._files.unlock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_in_child)
+        with self._sections.looking("a check"):
+            return check(self._pager, self.snapshots, self._transaction.root)

@@ -6,58 +6,86 @@ hand clears set bits and takes the first clear one.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 
-from tiers.policies.policy import Evictable, Frames
+from tiers.policies.jit import compiled
+from tiers.policies.policy import Evictable, Frames, Keys
+from tiers.policies.stepped import SteppedPolicy, Steps, resized
 
-STEP_FRAMES = 512
-"""Frames the hand looks at in one numpy call."""
 
-
-class Clock:
-    """CLOCK over `n_frames` frames.
+class ClockState(NamedTuple):
+    """The ring is the frames in their order.
 
     Attributes
     ----------
     touched : uint8 array (n_frames,)
-    hand : int
+    hand : int64 array (1,)
+        The frame to look at next.
     """
 
-    def __init__(self, n_frames: int) -> None:
-        self.touched = np.zeros(n_frames, np.uint8)
-        self.hand = 0
+    touched: npt.NDArray[np.uint8]
+    hand: npt.NDArray[np.int64]
 
-    def insert(self, frames: Frames) -> None:
-        self.touched[frames] = 0
 
-    def access(self, frames: Frames) -> None:
-        self.touched[frames] = 1
+@compiled
+def _access(state: ClockState, frames: Frames) -> None:
+    for frame in frames:
+        state.touched[frame] = 1
 
-    def remove(self, frames: Frames) -> None:
-        self.touched[frames] = 0
 
-    def victims(self, count: int, evictable: Evictable) -> Frames:
-        n_frames = len(self.touched)
-        is_chosen = np.zeros(0, np.bool_)
-        chosen: list[Frames] = []
-        left = count
-        n_passed = 0
-        # Two turns suffice: the first clears every bit that it passes.
-        while left and n_passed < 2 * n_frames:
-            n_step = min(STEP_FRAMES, n_frames - n_passed % n_frames)
-            ring = (np.arange(n_step) + self.hand) % n_frames
-            can_go = evictable(ring)
-            if n_passed >= n_frames:
-                if not len(is_chosen):
-                    is_chosen = np.zeros(n_frames, np.bool_)
-                    is_chosen[np.concatenate([*chosen, ring[:0]])] = True
-                can_go &= ~is_chosen[ring]
-            found = np.flatnonzero(can_go & (self.touched[ring] == 0))[:left]
-            left -= len(found)
-            chosen.append(ring[found])
-            n_done = n_step if left else int(found[-1]) + 1
-            passed = ring[:n_done]
-            self.touched[passed[can_go[:n_done]]] = 0
-            self.hand = int((self.hand + n_done) % n_frames)
-            n_passed += n_done
-        return np.concatenate([*chosen, np.empty(0, np.int64)])
+@compiled
+def _remove(state: ClockState, frames: Frames) -> None:
+    for frame in frames:
+        state.touched[frame] = 0
+
+
+@compiled
+def _insert(state: ClockState, frames: Frames, keys: Keys) -> None:
+    _remove(state, frames)
+
+
+@compiled
+def _victims(state: ClockState, evictable: Evictable, out: Frames) -> int:
+    touched, hand = state
+    n_frames = len(touched)
+    frame = hand[0]
+    count = 0
+    n_first = 0  # how many the first turn chose, once it is over
+    n_met = 0  # how many of those the second turn has met; it meets them in the same order
+    # Two turns suffice: the first clears every bit that it passes.
+    for n_passed in range(2 * n_frames):
+        if count == len(out):
+            break
+        if n_passed == n_frames:
+            n_first = count
+        if evictable[frame]:
+            if n_met < n_first and out[n_met] == frame:
+                n_met += 1
+            elif touched[frame]:
+                touched[frame] = 0
+            else:
+                out[count] = frame
+                count += 1
+        frame += 1
+        if frame == n_frames:
+            frame = 0
+    hand[0] = frame
+    return count
+
+
+class Clock(SteppedPolicy):
+    """CLOCK over `n_frames` frames."""
+
+    steps = Steps(_insert, _access, _remove, _victims)
+    bytes_per_frame = 1
+
+    def _new_state(self, n_frames: int) -> ClockState:
+        return ClockState(np.zeros(n_frames, np.uint8), np.zeros(1, np.int64))
+
+    def _resized_state(self, n_frames: int) -> ClockState:
+        state: ClockState = self.state
+        hand = state.hand if state.hand[0] < n_frames else np.zeros(1, np.int64)
+        return ClockState(resized(state.touched, n_frames, 0), hand)

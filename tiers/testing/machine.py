@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tiers.disk import Disk
-from tiers.errors import BudgetError, StoreFullError, StorePoisonedError
+from tiers.errors import SnapshotExpiredError, StoreFullError, StorePoisonedError
 from tiers.space import Constant, Initial, Space, SpaceSpec, Uniform
 from tiers.store import Store
 from tiers.testing.fault_disk import Fault, FaultDisk, Kind, PowerCut
@@ -22,6 +23,8 @@ from tiers.testing.model import Model, State
 from tiers.testing.workload import tight_budget_bytes
 
 SPACES_MAX = 4
+SNAPSHOTS_MAX = 4
+ROWS_MAX = 1 << 63
 SYNC: tuple[Kind, ...] = ("sync",)
 INITIALS: tuple[Initial, ...] = (Constant(), Constant(1.5), Uniform(-1.0, 1.0, seed=7))
 
@@ -58,6 +61,10 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.model = Model(self.page_bytes)
+        self.n_names = 0
+        self.reader: Store | None = None
+        self.read_state = State()
+        self.may_expire = False
         self.disk, self.path = self.make_disk()
         self.store = Store.create(
             self.path, self._budget_bytes(), page_size=self.page_bytes, disk=self.disk
@@ -67,16 +74,18 @@ class StoreMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         # After a failed step a fault disk may be off; there is nothing on it to be released.
         if hasattr(self, "store") and not isinstance(self.disk, FaultDisk):
+            if self.reader is not None:
+                self.reader.close()
             self.store.close()
 
     # Changing
 
     @precondition(lambda self: len(self.model.current.specs) < SPACES_MAX)
-    @rule(n_pages=st.sampled_from((1, 16, 40, 300)), initial=st.sampled_from(INITIALS))
+    @rule(n_pages=st.sampled_from((1, 16, 40, 300, ROWS_MAX)), initial=st.sampled_from(INITIALS))
     def create_space(self, n_pages: int, initial: Initial) -> None:
-        n_rows = self.page_bytes // 12 * n_pages
-        spec = SpaceSpec(f"s{len(self.model.current.specs)}", "float32", 3, n_rows, initial)
-        with suppress(BudgetError, StoreFullError):
+        n_rows = min(self.page_bytes // 12 * n_pages, ROWS_MAX)
+        spec = SpaceSpec(self._free_name("s"), "float32", 3, n_rows, initial)
+        with suppress(StoreFullError):
             self.store.create_space(
                 spec.name, dtype=spec.dtype, row_width=3, n_rows=n_rows, initial=initial
             )
@@ -110,6 +119,79 @@ class StoreMachine(RuleBasedStateMachine):
         else:
             self.model.commit(meta)
 
+    @precondition(lambda self: self.store.spaces)
+    @rule(which=_seeds, pages=_pages, length=st.sampled_from((0, 1, 5, 300, ROWS_MAX)))
+    def discard(self, which: int, pages: set[int], length: int) -> None:
+        space, indices = self._choose(which, pages)
+        first = int(indices[0])
+        stop = min(first + length, space.n_pages)
+        written = self.model.current.pages
+        expected = sum(name == space.name and first <= page < stop for name, page in written)
+        with self._room():
+            assert self.store.discard(space, first, stop) == expected
+            self.model.current.discard(space.name, first, stop)
+
+    @precondition(lambda self: len(self.store.spaces) > 1)
+    @rule(which=_seeds)
+    def drop_space(self, which: int) -> None:
+        space = self.store.spaces[which % len(self.store.spaces)]
+        with self._room():
+            self.store.drop_space(space.name)
+            self.model.current.drop_space(space.name)
+
+    @precondition(lambda self: self.store.spaces)
+    @rule(which=_seeds, n_pages=st.integers(1, 9))
+    def allocate(self, which: int, n_pages: int) -> None:
+        space = self.store.spaces[which % len(self.store.spaces)]
+        allocated = self.model.current.allocated
+        first = allocated.get(space.name, 0)
+        if first + n_pages > space.n_pages:
+            return
+        with self._room():
+            assert self.store.allocate(space, n_pages) == first
+            allocated[space.name] = first + n_pages
+
+    @rule(keep=st.booleans())
+    def snapshot(self, keep: bool) -> None:
+        if len(self.model.committed.snapshots) == SNAPSHOTS_MAX:
+            return
+        if keep:
+            self.commit(None)
+        else:
+            self.abort()
+        name = self._free_name("v")
+        with self._room():
+            self.store.snapshots.take(name)
+            self._committed(self.model.committed.with_snapshot(name))
+
+    @precondition(lambda self: self.model.committed.snapshots)
+    @rule(which=_seeds)
+    def drop_snapshot(self, which: int) -> None:
+        name = self._snapshot_name(which)
+        self.abort()
+        with self._room():
+            self.store.snapshots.drop(name)
+            self._committed(self.model.committed.without_snapshot(name))
+
+    @precondition(lambda self: self.model.committed.snapshots)
+    @rule(which=_seeds)
+    def rollback(self, which: int) -> None:
+        name = self._snapshot_name(which)
+        self.abort()
+        with self._room():
+            self.store.snapshots.roll_back(name, drop_newer=True)
+            self._committed(self.model.committed.rolled_back(name))
+
+    @precondition(lambda self: self.model.committed.snapshots)
+    @rule(which=_seeds)
+    def read_snapshot(self, which: int) -> None:
+        """Beside the writer, whatever it has open."""
+        name = self._snapshot_name(which)
+        with Store.open(
+            self.path, self._budget_bytes(), read_only=True, snapshot=name, disk=self.disk
+        ) as reader:
+            self._assert_is(self.model.committed.snapshots[name], reader)
+
     @rule()
     def abort(self) -> None:
         self.store.abort()
@@ -131,7 +213,7 @@ class StoreMachine(RuleBasedStateMachine):
             chosen[space.number] = (space, indices)
         with self.store.claim(list(chosen.values())) as claim:
             for (space, indices), frames in zip(chosen.values(), claim.frames, strict=True):
-                assert (space.page_table[indices] == frames).all()
+                assert (space.table.lookup(indices) == frames).all()
                 for page, frame in zip(indices.tolist(), frames.tolist(), strict=True):
                     assert self.store.arena[frame].tobytes() == self.model.read(space.name, page)
 
@@ -143,8 +225,10 @@ class StoreMachine(RuleBasedStateMachine):
         with ThreadPoolExecutor(1) as other, self.store.epoch():
             seen = {}
             for space in self.store.spaces:
-                for page in np.flatnonzero(space.page_table >= 0).tolist():
-                    seen[int(space.page_table[page])] = self.model.read(space.name, page)
+                resident = space.table.pages()
+                in_frames = space.table.lookup(resident)
+                for page, frame in zip(resident.tolist(), in_frames, strict=True):
+                    seen[int(frame)] = self.model.read(space.name, page)
             for which, pages in fetches:
                 other.submit(self.store.fetch, *self._choose(which, pages)).result()
                 for frame, content in seen.items():
@@ -155,7 +239,46 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def compare_all(self) -> None:
-        self._assert_is(self.model.current)
+        self._assert_is(self.model.current, self.store)
+
+    # Beside the writer
+
+    @precondition(lambda self: self.reader is None)
+    @rule()
+    def begin_to_read(self) -> None:
+        disk = self.disk.process() if isinstance(self.disk, FaultDisk) else self.disk
+        self.reader = Store.open(self.path, self._budget_bytes(), read_only=True, disk=disk)
+        self.read_state = self.model.committed
+
+    @precondition(lambda self: self.reader is not None)
+    @rule()
+    def read_beside(self) -> None:
+        """See what was committed when it began, unless a later writer went on without the reader."""
+        assert self.reader is not None
+        try:
+            difference = self.read_state.difference(self.reader)
+        except SnapshotExpiredError:
+            assert self.may_expire
+            self.end_reading()
+        else:
+            assert difference is None, difference
+
+    @precondition(lambda self: self.reader is not None)
+    @rule()
+    def refresh(self) -> None:
+        assert self.reader is not None
+        self.reader.refresh()
+        self.read_state = self.model.committed
+        self.may_expire = False
+        self._assert_is(self.read_state, self.reader)
+
+    @precondition(lambda self: self.reader is not None)
+    @rule()
+    def end_reading(self) -> None:
+        assert self.reader is not None
+        self.reader.close()
+        self.reader = None
+        self.may_expire = False
 
     # What a fault disk can do
 
@@ -175,6 +298,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert isinstance(self.disk, FaultDisk)
         log = self.disk.log
         self.disk = power_cut(log, len(log.operations), np.random.default_rng(seed))
+        self.reader = None  # it was another process of the same machine
         self._open(states)
 
     @precondition(lambda self: isinstance(self.disk, FaultDisk))
@@ -211,7 +335,8 @@ class StoreMachine(RuleBasedStateMachine):
         self, which: int, pages: set[int], most: int = 6
     ) -> tuple[Space, npt.NDArray[np.int64]]:
         space = self.store.spaces[which % len(self.store.spaces)]
-        wanted = sorted({page * 7919 % space.n_pages for page in pages})
+        stride = max(7919, space.n_pages // 40)
+        wanted = sorted({page * stride % space.n_pages for page in pages})
         return space, np.array(wanted[:most], np.int64)
 
     def _state_after(self, meta: dict[str, Any] | None) -> State:
@@ -238,11 +363,34 @@ class StoreMachine(RuleBasedStateMachine):
         if isinstance(self.disk, FaultDisk):
             self.disk.cut_after(None)
         self.store = Store.open(self.path, self._budget_bytes(), disk=self.disk)
+        self.may_expire = self.reader is not None
         differences = [state.difference(self.store) for state in states]
         assert None in differences, f"not a committed state: {differences}"
         self.model.committed = states[differences.index(None)].copy()
         self.model.abort()
 
-    def _assert_is(self, state: State) -> None:
-        difference = state.difference(self.store)
+    def _free_name(self, prefix: str) -> str:
+        """Return a name of a space or snapshot that was never used."""
+        self.n_names += 1
+        return f"{prefix}{self.n_names}"
+
+    def _snapshot_name(self, which: int) -> str:
+        names = list(self.model.committed.snapshots)
+        return names[which % len(names)]
+
+    def _committed(self, state: State) -> None:
+        self.model.committed = state
+        self.model.abort()
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Let a disk that is full refuse; nothing has changed then."""
+        try:
+            yield
+        except StoreFullError:
+            assert isinstance(self.disk, FaultDisk) and self.disk.capacity_bytes is not None
+
+    @staticmethod
+    def _assert_is(state: State, store: Store) -> None:
+        difference = state.difference(store)
         assert difference is None, difference

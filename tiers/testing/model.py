@@ -27,14 +27,56 @@ class State:
         Written pages only, by name of the space and number of the page.
     meta : dict
         What was given to the last commit that was given one.
+    snapshots : dict of str to State
+        By name, oldest first.
+    allocated : dict of str to int
+        Pages allocated so far, by name of the space.
     """
 
     specs: dict[str, SpaceSpec] = field(default_factory=dict)
     pages: dict[tuple[str, int], bytes] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    snapshots: dict[str, State] = field(default_factory=dict)
+    allocated: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> State:
-        return State(dict(self.specs), dict(self.pages), self.meta)
+        return State(
+            dict(self.specs),
+            dict(self.pages),
+            self.meta,
+            dict(self.snapshots),
+            dict(self.allocated),
+        )
+
+    def discard(self, space: str, first: int, stop: int) -> None:
+        """Make the pages [first, stop) of a space unwritten."""
+        gone = [(name, page) for name, page in self.pages if name == space and first <= page < stop]
+        for key in gone:
+            del self.pages[key]
+
+    def drop_space(self, space: str) -> None:
+        self.discard(space, 0, self.specs[space].n_rows)
+        del self.specs[space]
+        self.allocated.pop(space, None)
+
+    def with_snapshot(self, name: str) -> State:
+        """Return this state with a snapshot of itself."""
+        after = self.copy()
+        after.snapshots[name] = self
+        return after
+
+    def without_snapshot(self, name: str) -> State:
+        after = self.copy()
+        del after.snapshots[name]
+        return after
+
+    def rolled_back(self, name: str) -> State:
+        """Return the state that a snapshot names, with it and those before it."""
+        names = list(self.snapshots)
+        kept = names[: names.index(name) + 1]
+        after = self.snapshots[name].copy()
+        after.snapshots = {key: self.snapshots[key] for key in kept}
+        return after
 
     def difference(self, store: Store) -> str | None:
         """Return the first thing in which `store` is not this state, None if it is.
@@ -47,6 +89,8 @@ class State:
             return f"the store has spaces {sorted(names)}, the model {sorted(self.specs)}"
         if store.meta != self.meta:
             return f"the store has meta {store.meta!s:.60}, the model {self.meta!s:.60}"
+        if list(store.snapshots) != list(self.snapshots):
+            return f"the store has snapshots {list(store.snapshots)}, not {list(self.snapshots)}"
         for space in store.spaces:
             if space.spec != self.specs[space.name]:
                 return f"the store has {space.spec}, the model {self.specs[space.name]}"
@@ -75,9 +119,7 @@ def initial_page(spec: SpaceSpec, page: int, page_bytes: int) -> bytes:
     if isinstance(spec.initial, Constant):
         elements = np.full(n_elements, spec.initial.value).astype(spec.dtype)
     else:
-        elements = uniform_at(np.uint64(page * n_elements), n_elements, spec.initial).astype(
-            spec.dtype
-        )
+        elements = uniform_at(page * n_elements, n_elements, spec.initial).astype(spec.dtype)
     return elements.tobytes().ljust(page_bytes, b"\0")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import BudgetError, StorePoisonedError
-from tiers.pager import budget_min
+from tiers.memory import budget_min
 from tiers.space import Constant, Space, SpaceSpec, Uniform
 from tiers.store import Store
 from tiers.testing.fault_disk import Fault, FaultDisk, Kind, PowerCut
@@ -140,11 +141,22 @@ class _Run:
         self.disk.cut_after(None)
 
     def change(self) -> None:
-        action = self.rng.choice(["write", "look", "space"], p=[0.7, 0.2, 0.1])
+        actions = ["write", "look", "space", "discard", "drop"]
+        action = self.rng.choice(actions, p=[0.65, 0.15, 0.1, 0.08, 0.02])
         if action == "space" and len(self.model.current.specs) < SPACES_MAX:
             self.create_space()
             return
         space = self.store.spaces[self.rng.integers(len(self.store.spaces))]
+        if action == "discard":
+            first = int(self.rng.integers(space.n_pages))
+            stop = int(min(space.n_pages, first + self.rng.choice([1, 4, space.n_pages])))
+            self.store.discard(space, first, stop)
+            self.model.current.discard(space.name, first, stop)
+            return
+        if action == "drop" and len(self.store.spaces) > 1:
+            self.store.drop_space(space.name)
+            self.model.current.drop_space(space.name)
+            return
         pages = self.some_pages(space)
         with self.store.claim([(space, pages)], write=action == "write") as claim:
             for page, frame in zip(pages.tolist(), claim.frames[0].tolist(), strict=True):
@@ -164,7 +176,8 @@ class _Run:
         return np.sort(chosen).astype(np.int64)
 
     def create_space(self) -> None:
-        number = len(self.model.current.specs)
+        names = (f"space {number}" for number in range(SPACES_MAX))
+        number = next(i for i, name in enumerate(names) if name not in self.model.current.specs)
         spec = SpaceSpec(
             name=f"space {number}",
             dtype="float32",
@@ -184,10 +197,13 @@ class _Run:
 
     def end(self) -> None:
         """End a transaction in one of the ways in which one ends."""
-        ways = ["commit", "abort", "reopen", "kill", "failed sync"]
-        way = self.rng.choice(ways, p=[0.6, 0.13, 0.07, 0.13, 0.07])
+        ways = ["commit", "snapshot", "abort", "reopen", "kill", "failed sync"]
+        way = self.rng.choice(ways, p=[0.45, 0.2, 0.11, 0.07, 0.11, 0.06])
         if way == "commit":
             self.commit(self.meta())
+        elif way == "snapshot":
+            self.commit(self.meta())
+            self.change_snapshots()
         elif way == "abort":
             self.store.abort()
             self.model.abort()
@@ -218,12 +234,40 @@ class _Run:
         state = self.model.current.copy()
         if meta is not None:
             state.meta = meta
+        self.publish(state, lambda: self.store.commit(meta=meta))
+
+    def publish(self, state: State, call: Callable[[], object]) -> None:
+        """Make a call that is a commit, after which the store is in `state`."""
         self.states.append(state)
         self.disk.mark(Begins(len(self.states) - 1))
-        self.store.commit(meta=meta)
-        self.model.commit(meta)
+        call()
+        self.model.committed = state
+        self.model.abort()
         self.number = len(self.states) - 1
         self.disk.mark(Holds(self.number))
+
+    def change_snapshots(self) -> None:
+        """Take, drop or roll back to a snapshot; one in four of these is killed."""
+        state, snapshots = self.model.committed, list(self.model.committed.snapshots)
+        way = self.rng.choice(["take", "drop", "roll back"]) if snapshots else "take"
+        name = f"at {len(self.states)}" if way == "take" else str(self.rng.choice(snapshots))
+        if self.rng.random() < 0.25:
+            self.disk.cut_after(int(self.rng.integers(0, 30)))
+        try:
+            if way == "take":
+                self.publish(state.with_snapshot(name), lambda: self.store.snapshots.take(name))
+            elif way == "drop":
+                after = state.without_snapshot(name)
+                self.publish(after, lambda: self.store.snapshots.drop(name))
+            else:
+                self.publish(
+                    state.rolled_back(name),
+                    lambda: self.store.snapshots.roll_back(name, drop_newer=True),
+                )
+        except PowerCut:
+            self.disk.power_off()
+            self.reopen()
+        self.disk.cut_after(None)
 
     def reopen(self) -> None:
         """Open the store at whatever state it shows, which must be durable from then on."""

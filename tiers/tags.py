@@ -1,0 +1,188 @@
+"""Slot tags: whose page each slot holds, so that pages can be found when the map is lost.
+
+32 bytes a slot, in the first slots of each group of 32,768 blocks (`tiers.allocator.tag_slots`)::
+
+    bytes  0 ..  3   crc32c of the other 28 bytes followed by store id (16) and slot number (8)
+    bytes  4 ..  7   number of the space
+    bytes  8 .. 15   index of the page
+    bytes 16 .. 23   version that wrote it
+    bytes 24 .. 27   crc32c of the page, as in its map entry
+    bytes 28 .. 31   zero
+
+A tag is written with its page and synced with the commit; it is never read but for a salvage. It
+outlives its page: what a tag says is believed only if its version was committed and no newer one
+names the same page, and the page passes its checksum.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, TAG_BYTES, tag_slots
+from tiers.disk import Bytes, aligned_buffer
+from tiers.root import Range
+from tiers.slots import SlotFile
+
+_TAG = struct.Struct("<IIQQII")
+_SLOT = struct.Struct("<Q")
+TAGS_A_BLOCK = BLOCK_BYTES // TAG_BYTES
+CACHED_BLOCKS = 16
+SWEEP_BLOCKS = 256
+
+
+@dataclass(frozen=True)
+class Tag:
+    """What a slot says of itself.
+
+    Attributes
+    ----------
+    block : int
+        First block of the slot.
+    space, page, version, crc : int
+    """
+
+    block: int
+    space: int
+    page: int
+    version: int
+    crc: int
+
+
+class Tags:
+    """The slot tags of an open page file.
+
+    Parameters
+    ----------
+    slots : SlotFile
+    store_id : bytes, 16
+
+    Attributes
+    ----------
+    size_bytes : int
+        Memory that the cache of tag blocks takes.
+    """
+
+    size_bytes = CACHED_BLOCKS * BLOCK_BYTES
+
+    def __init__(self, slots: SlotFile, store_id: bytes) -> None:
+        self._slots = slots
+        self._store_id = store_id
+        self._per_slot = slots.page_bytes // BLOCK_BYTES
+        self._memory = aligned_buffer(CACHED_BLOCKS, BLOCK_BYTES)
+        self._free = list(range(CACHED_BLOCKS))
+        self._cached: OrderedDict[int, int] = OrderedDict()
+
+    def write(self, tags: Sequence[Tag]) -> None:
+        """Write tags over those of the same slots; durable after the page file's sync.
+
+        Raises
+        ------
+        StoreIOError, StoreFullError
+            If the operating system refuses.
+        """
+        by_block: dict[int, list[Tag]] = {}
+        for tag in tags:
+            by_block.setdefault(self._place(tag.block)[0], []).append(tag)
+        todo = sorted(by_block)
+        for start in range(0, len(todo), CACHED_BLOCKS):
+            wave = todo[start : start + CACHED_BLOCKS]
+            buffers = self._load(wave)
+            for block, buffer in zip(wave, buffers, strict=True):
+                for tag in by_block[block]:
+                    offset = self._place(tag.block)[1]
+                    buffer[offset : offset + TAG_BYTES] = self._encode(tag)
+            try:
+                self._slots.write_blocks(wave, buffers)
+            except BaseException:
+                self._forget(wave)
+                raise
+
+    def read_all(self, file_blocks: int) -> Iterator[Tag]:
+        """Yield every whole tag of slots below block `file_blocks`."""
+        for block, content in self._all_blocks(file_blocks):
+            first = self._first_slot(block)
+            for i in range(TAGS_A_BLOCK):
+                raw = content[i * TAG_BYTES : (i + 1) * TAG_BYTES].tobytes()
+                tag = self._decode(raw, first + i)
+                if tag is not None and tag.block + self._per_slot <= file_blocks:
+                    yield tag
+
+    def clear(self, versions: Sequence[Range], file_blocks: int) -> None:
+        """Blot out the tags of these versions; durable after the page file's sync."""
+        self._forget(list(self._cached))
+        for block, content in self._all_blocks(file_blocks):
+            fields = content.view(np.uint64).reshape(TAGS_A_BLOCK, TAG_BYTES // 8)
+            dead = np.zeros(TAGS_A_BLOCK, np.bool_)
+            for first, last in versions:
+                dead |= (fields[:, 2] >= np.uint64(first)) & (fields[:, 2] <= np.uint64(last))
+            if dead.any():
+                fields[dead] = 0
+                self._slots.write_blocks([block], [content])
+
+    def _all_blocks(self, file_blocks: int) -> Iterator[tuple[int, Bytes]]:
+        """Yield each block of tags and its content, which may be changed until the next one."""
+        buffers = aligned_buffer(SWEEP_BLOCKS, BLOCK_BYTES)
+        for number in range(-(-file_blocks // BITMAP_BLOCKS)):
+            first, stop = self._tag_blocks(number, file_blocks)
+            for start in range(first, stop, SWEEP_BLOCKS):
+                blocks = list(range(start, min(start + SWEEP_BLOCKS, stop)))
+                self._slots.read_blocks(blocks, list(buffers[: len(blocks)]))
+                yield from zip(blocks, buffers, strict=False)
+
+    def _tag_blocks(self, number: int, file_blocks: int) -> tuple[int, int]:
+        first = number * BITMAP_BLOCKS + tag_slots(number, self._per_slot)[0] * self._per_slot
+        n_slots = BITMAP_BLOCKS // self._per_slot
+        return first, min(first - (-n_slots // TAGS_A_BLOCK), file_blocks)
+
+    def _place(self, block: int) -> tuple[int, int]:
+        """Return the block with the tag of a slot, and the tag's offset in it."""
+        number, within = divmod(block, BITMAP_BLOCKS)
+        first, _ = self._tag_blocks(number, (number + 1) * BITMAP_BLOCKS)
+        in_group, rest = divmod(within // self._per_slot, TAGS_A_BLOCK)
+        return first + in_group, rest * TAG_BYTES
+
+    def _first_slot(self, block: int) -> int:
+        """Return the first of the slots whose tags are in a block of tags."""
+        number = block // BITMAP_BLOCKS
+        first, _ = self._tag_blocks(number, (number + 1) * BITMAP_BLOCKS)
+        return number * (BITMAP_BLOCKS // self._per_slot) + (block - first) * TAGS_A_BLOCK
+
+    def _load(self, blocks: list[int]) -> list[Bytes]:
+        missing = [block for block in blocks if block not in self._cached]
+        for block in blocks:
+            if block in self._cached:
+                self._cached.move_to_end(block)
+        frames = []
+        for _ in missing:
+            frames.append(self._free.pop() if self._free else self._cached.popitem(last=False)[1])
+        try:
+            self._slots.read_blocks(missing, [self._memory[frame] for frame in frames])
+        except BaseException:
+            self._free.extend(frames)
+            raise
+        self._cached.update(zip(missing, frames, strict=True))
+        return [self._memory[self._cached[block]] for block in blocks]
+
+    def _forget(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._free.append(self._cached.pop(block))
+
+    def _encode(self, tag: Tag) -> Bytes:
+        rest = _TAG.pack(0, tag.space, tag.page, tag.version, tag.crc, 0)[4:]
+        crc = google_crc32c.value(rest + self._identity(tag.block // self._per_slot))
+        return np.frombuffer(struct.pack("<I", crc) + rest, np.uint8)
+
+    def _decode(self, raw: bytes, slot: int) -> Tag | None:
+        crc, space, page, version, page_crc, _ = _TAG.unpack(raw)
+        if version == 0 or google_crc32c.value(raw[4:] + self._identity(slot)) != crc:
+            return None
+        return Tag(slot * self._per_slot, space, page, version, page_crc)
+
+    def _identity(self, slot: int) -> bytes:
+        return self._store_id + _SLOT.pack(slot)
