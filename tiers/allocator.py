@@ -15,6 +15,7 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ BLOCK_BYTES = 4096
 BITMAP_BLOCKS = BLOCK_BYTES * 8
 SPARE_BLOCKS = 16
 TAG_BYTES = 32
+RESERVE_BLOCKS = 32
+"""Blocks that only what frees blocks may take, and two more a group."""
 GROUPS_A_SEARCH = 64
 """Groups looked at for free slots before the file is made longer."""
 UNKNOWN = -1
@@ -79,6 +82,11 @@ class Allocator:
         may refer to them.
     limit_blocks : int or None
         Take nothing from this block on; see `set_limit`.
+    frees_only : bool
+        The change under way frees more than it takes, and may use the last blocks.
+    let_readers_go : callable or None
+        Called on a full disk: goes on without the readers of earlier commits, and returns the
+        oldest commit that is still read.
     """
 
     def __init__(
@@ -97,6 +105,8 @@ class Allocator:
         self.blocks_per_slot = blocks_per_slot
         self.kept_version = 0
         self.limit_blocks: int | None = None
+        self.frees_only = False
+        self.let_readers_go: Callable[[], int | None] | None = None
         self.spare: list[int] = []
         self._cursor = 0
         self._pending: dict[int, Bitmap] = {}
@@ -159,6 +169,9 @@ class Allocator:
         StoreFullError
             If they cannot; nothing has been taken.
         """
+        if not self.frees_only:
+            # What frees blocks needs some; keep so many back that it can begin on a full disk.
+            n_blocks += RESERVE_BLOCKS + 2 * self.n_bitmaps
         if self._missing(n_slots, n_blocks) > 0:
             self._search(GROUPS_A_SEARCH, self._wanted(n_slots, n_blocks))
         missing = self._missing(n_slots, n_blocks)
@@ -168,8 +181,15 @@ class Allocator:
             self._lengthen(missing)
         except StoreFullError:
             self._search(self.n_bitmaps, self._wanted(n_slots, n_blocks))
-            if self._missing(n_slots, n_blocks) > 0:
+            if self._missing(n_slots, n_blocks) > 0 and not self._is_room_made(n_slots, n_blocks):
                 raise
+
+    def _is_room_made(self, n_slots: int, n_blocks: int) -> bool:
+        """Return whether there is room once readers of earlier commits are no longer considered."""
+        if not self._held or self.let_readers_go is None:
+            return False
+        self.release(self.let_readers_go())
+        return self._missing(n_slots, n_blocks) <= 0
 
     def take_slots(self, count: int) -> npt.NDArray[np.int64]:
         """Take `count` slots; return the first block of each, ascending in each group.

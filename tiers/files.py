@@ -253,6 +253,13 @@ class StoreFiles:
         """Return the oldest commit that somebody reads beside this writer; see `Readers.oldest`."""
         return None if self._readers is None else self._readers.oldest()
 
+    def let_readers_go(self) -> int | None:
+        """Go on without the readers of earlier commits; return the oldest that is still read."""
+        if self._readers is not None:
+            with _typed_errors("expiring readers"):
+                self._readers.expire(self.root.commit)
+        return self.oldest_reader()
+
     def newest_root(self, path: Path) -> Root:
         """Return the newest root of a store that somebody else writes, and register for it."""
         with _typed_errors(f"reading {path}"):

@@ -121,7 +121,7 @@ class Snapshots(Mapping[str, int]):
         with self._alone():
             self._find(name)
             transaction.require_nothing_open("dropping a snapshot is a commit of its own")
-            with transaction.all_or_nothing():
+            with transaction.all_or_nothing(), transaction.freeing():
                 self._free_snapshots([name])
                 left = {key: one for key, one in self._named.items() if key != name}
                 catalogue = replace(transaction.catalogue, snapshots=left)
@@ -160,7 +160,7 @@ class Snapshots(Mapping[str, int]):
                     "drop them, or say drop_newer=True"
                 )
             transaction.abort()
-            with transaction.all_or_nothing():
+            with transaction.all_or_nothing(), transaction.freeing():
                 saved = self._saved(target)
                 self._free_snapshots(newer[::-1])
                 live = LiveTrees(self._pager.map)

@@ -69,6 +69,7 @@ class Transaction:
         for number, spec in self.catalogue.spaces.items():
             pager.add_space(Space(number, spec, pager.page_bytes))
         self._begin()
+        pager.allocator.let_readers_go = files.let_readers_go
 
     def _begin(self) -> None:
         """Start afresh over the last commit."""
@@ -108,8 +109,21 @@ class Transaction:
         self.catalogue = catalogue
         return space
 
+    @contextmanager
+    def freeing(self) -> Iterator[None]:
+        """Change something that frees blocks: it may take what is kept back for that."""
+        self._pager.allocator.frees_only = True
+        try:
+            yield
+        finally:
+            self._pager.allocator.frees_only = False
+
     def drop_space(self, space: Space) -> None:
         """Remove a space with all its pages; see `Store.drop_space`."""
+        with self.freeing():
+            self._drop_space(space)
+
+    def _drop_space(self, space: Space) -> None:
         tree = FIRST_SPACE + space.number
         self.begin_change()
         groups: set[int] = set()
@@ -157,6 +171,10 @@ class Transaction:
             raise PageIndexError(
                 f"pages {first} .. {stop} are not within the {space.n_pages} of {space.name!r}"
             )
+        with self.freeing():
+            return self._discard(space, first, stop)
+
+    def _discard(self, space: Space, first: int, stop: int) -> int:
         tree = FIRST_SPACE + space.number
         page_map = self._pager.map
         self.begin_change()
