@@ -2,47 +2,44 @@
 
 ::
 
-    readers/<name>    one file a reader: the commit it reads (8 bytes, 0 while it makes up its mind)
-                      and crc32c of these 8 bytes (4); exclusively locked while the reader lives
+    readers/<commit>-<name>   one empty file a reader, exclusively locked while the reader lives;
+                              its name says which commit it reads, 0 while it makes up its mind
 
 A reader makes its file before it looks which commit is the newest, so a writer that does not see
 the file has published every commit that the reader can find. The writer holds back the blocks that
 were freed after the oldest commit in use. It takes the file of a reader away if it must go on
 without it (`expire`); the reader finds that out when a checksum fails, and the checksum does fail,
-because what lies there by then is bound to another version.
+because what lies there by then is bound to another version. An empty file can be made on a disk
+that is full.
 """
 
 from __future__ import annotations
 
 import errno
-import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import google_crc32c
-import numpy as np
-
 from tiers.disk import Disk, File
 from tiers.errors import StoreLockedError
 
 READERS_NAME = "readers"
-_UNFINISHED = "new-"
-_RECORD = struct.Struct("<QI")
 UNKNOWN_COMMIT = 0
-ATTEMPTS = 8
 READ_ONLY_MEDIA = (errno.EROFS, errno.EACCES, errno.EPERM)
+_UNFINISHED = "new-"
+_ATTEMPTS = 8
 
 
 class Reader:
     """The registration of one reader; made with `register`, ended with `close`."""
 
-    def __init__(self, disk: Disk, path: Path, lock: File, file: File) -> None:
+    def __init__(self, disk: Disk, directory: Path, name: str, lock: File) -> None:
         self._disk = disk
-        self._path = path
+        self._directory = directory
+        self._name = name
         self._lock = lock
-        self._file = file
+        self._path = directory / _file_name(UNKNOWN_COMMIT, name)
         self._closed = False
 
     @classmethod
@@ -57,29 +54,34 @@ class Reader:
         directory = store_path / READERS_NAME
         with suppress(FileExistsError):
             disk.make_directory(directory)
-        for attempt in range(ATTEMPTS):
+        for attempt in range(_ATTEMPTS):
             name = uuid.uuid4().hex
             unfinished = directory / (_UNFINISHED + name)
-            file = disk.open(unfinished, "create", direct=False)
+            disk.close(disk.open(unfinished, "create", direct=False))
             lock: File | None = None
             try:
-                disk.write_batch(file, [0], [_record(UNKNOWN_COMMIT)])
                 lock = disk.lock(unfinished, exclusive=True, signed=False)
-                disk.rename(unfinished, directory / name)
-                return cls(disk, directory / name, lock, file)
+                reader = cls(disk, directory, name, lock)
+                disk.rename(unfinished, reader._path)
+                return reader
             except BaseException as refused:
-                disk.close(file)
                 if lock is not None:
                     disk.close(lock)
                 # A writer may have taken it for the rest of a reader that died: once more.
                 is_race = isinstance(refused, (FileNotFoundError, StoreLockedError))
-                if not is_race or attempt == ATTEMPTS - 1:
+                if not is_race or attempt == _ATTEMPTS - 1:
                     raise
         raise AssertionError("unreachable")
 
     def reads(self, commit: int) -> None:
-        """Say which commit is read; `UNKNOWN_COMMIT` holds back everything."""
-        self._disk.write_batch(self._file, [0], [_record(commit)])
+        """Say which commit is read; `UNKNOWN_COMMIT` holds back everything.
+
+        A reader that is expired by now stays so.
+        """
+        path = self._directory / _file_name(commit, self._name)
+        with suppress(FileNotFoundError):
+            self._disk.rename(self._path, path)
+        self._path = path
 
     def is_expired(self) -> bool:
         """Return whether the writer went on without this reader."""
@@ -95,11 +97,10 @@ class Reader:
         self.abandon()
 
     def abandon(self) -> None:
-        """Close the files and nothing else; the child of a fork does."""
+        """Close the lock and nothing else; the child of a fork does."""
         if self._closed:
             return
         self._closed = True
-        self._disk.close(self._file)
         self._disk.close(self._lock)
 
 
@@ -144,13 +145,20 @@ class Readers:
         ------
         OSError
             If their files cannot be removed.
+        StoreLockedError
+            If new ones come all the time.
         """
         n_expired = 0
-        for path, commit in self._living():
-            if commit < before:
-                self._disk.unlink(path)
-                n_expired += 1
-        return n_expired
+        for _ in range(_ATTEMPTS):
+            found = [path for path, commit in self._living() if commit < before]
+            if not found:
+                return n_expired
+            for path in found:
+                # One that is gone has ended, or has another name by now: look again.
+                with suppress(FileNotFoundError):
+                    self._disk.unlink(path)
+                    n_expired += 1
+        raise StoreLockedError(f"{self._directory.parent}: readers come and go all the time")
 
     def count(self) -> int:
         """Return how many readers there are."""
@@ -165,7 +173,7 @@ class Readers:
                 with suppress(FileNotFoundError):
                     self._disk.unlink(path)
             elif not name.startswith(_UNFINISHED):
-                yield path, self._commit_of(path)
+                yield path, _commit_of(name)
 
     def _is_dead(self, path: Path) -> bool:
         try:
@@ -173,26 +181,16 @@ class Readers:
         except StoreLockedError:
             return False
         except FileNotFoundError:
-            return True
+            # It ended meanwhile, or says now that it reads another commit; then it lives on.
+            return False
         self._disk.close(lock)
         return True
 
-    def _commit_of(self, path: Path) -> int:
-        try:
-            file = self._disk.open(path, "read", direct=False)
-        except FileNotFoundError:
-            return UNKNOWN_COMMIT  # it ended meanwhile; the next look will tell
-        try:
-            record = np.zeros(_RECORD.size, np.uint8)
-            self._disk.read_batch(file, [0], [record])
-        except EOFError:
-            return UNKNOWN_COMMIT
-        finally:
-            self._disk.close(file)
-        commit, crc = _RECORD.unpack(record.tobytes())
-        return int(commit) if crc == google_crc32c.value(record[:8].tobytes()) else UNKNOWN_COMMIT
+
+def _file_name(commit: int, name: str) -> str:
+    return f"{commit}-{name}"
 
 
-def _record(commit: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
-    number = struct.pack("<Q", commit)
-    return np.frombuffer(_RECORD.pack(commit, google_crc32c.value(number)), np.uint8).copy()
+def _commit_of(name: str) -> int:
+    digits = name.partition("-")[0]
+    return int(digits) if digits.isdigit() else UNKNOWN_COMMIT
