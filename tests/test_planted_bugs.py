@@ -82,10 +82,11 @@ def reuse_blocks_before_the_commit(patch):
     def free_at_once(self, block, n_blocks, version):
         give_back(self, block, n_blocks, version)
         number = block // BITMAP_BLOCKS
-        bitmap = self._tree.private_bitmap(number)
-        bitmap &= ~self._pending.pop(number)
-        self._used -= n_blocks
-        self._summarise(number, bitmap)
+        if number in self._pending:
+            bitmap = self._tree.private_bitmap(number)
+            bitmap &= ~self._pending.pop(number)
+            self._used -= n_blocks
+            self._summarise(number, bitmap)
 
     patch.setattr(Allocator, "give_back", free_at_once)
 

@@ -1,8 +1,12 @@
 """After a power cut a store is the last acknowledged commit or the one in flight, whole."""
 
 import os
+import pickle
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +23,28 @@ from tiers.testing import (
     check_images,
     power_cut,
 )
-from tiers.testing.crash import record_seed
+from tiers.testing.crash import IMAGES_PER_RECORDING, RecoveryCheck, record_seed
+from tiers.testing.processes import in_processes
 from tiers.testing.workload import Begins, Holds
 
 SCALE = int(os.environ.get("DPNC_TEST_SCALE", "1"))
-N_IMAGES = 1500
+N_IMAGES = 20_000
 SEED = 20
+JOBS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.timeout(1200 * SCALE)
 def test_every_image_is_a_committed_state_and_goes_on():
-    violations = [str(found) for found in check_images(SEED, N_IMAGES * SCALE) if found is not None]
-    assert violations == []
+    images = check_images(SEED, N_IMAGES * SCALE, JOBS)
+    violations = [str(found) for found in images if found is not None]
+    assert not violations, "\n".join(violations)
 
 
 def test_an_image_cut_at_every_operation_of_one_run_is_a_committed_state():
-    recording = record_seed(SEED)
-    for k in range(len(recording.log.operations) + 1):
-        check_image(recording, k, image=k)
+    check = RecoveryCheck(record_seed(SEED))
+    for k in range(len(check.recording.log.operations) + 1):
+        check(k, image=k)
 
 
 def test_a_recording_has_seen_what_it_is_there_for():
@@ -59,13 +68,122 @@ def test_a_violation_names_what_makes_it_again(monkeypatch):
         check_image(recording, k, image=3)
 
 
+def test_a_violation_prints_the_command_that_shows_it_again():
+    violation = RecoveryError(7, 8, 9, "page 3 has other bytes")
+    command = str(violation).splitlines()[-1].split()
+    assert command[:4] == ["again:", "python", "-m", "tiers.testing"]
+    done = command_line(*command[4:])
+    assert done.returncode == 0, done.stderr
+    assert "came back as it must" in done.stdout
+    assert str(pickle.loads(pickle.dumps(violation))) == str(violation)
+
+
+def command_line(*arguments):
+    command = [sys.executable, "-m", "tiers.testing", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
 def test_the_command_line_checks_images_and_counts_them():
-    command = [sys.executable, "-m", "tiers.testing", "--images", "20", "--seed", "3"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False
-    )
+    done = command_line("--images", "20", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert "20 images" in done.stdout and "0 violations" in done.stdout
+
+
+@pytest.mark.parametrize("wrong", [("--images", "-1"), ("--jobs", "0"), ("--images", "many")])
+def test_the_command_line_refuses_what_makes_no_sense(wrong):
+    done = command_line(*wrong)
+    assert done.returncode == 2 and wrong[0] in done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ctrl_c_ends_every_process_and_says_how_far_it_came():
+    command = [sys.executable, "-m", "tiers.testing", "--images", "1000000", "--jobs", "2"]
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        try:
+            while len(descendants(running.pid)) < 2:
+                assert running.poll() is None
+                time.sleep(0.05)
+            started = descendants(running.pid)
+            os.killpg(running.pid, signal.SIGINT)
+            printed, _ = running.communicate(timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 130, printed
+    assert re.search(r"\d+ images, 0 violations, .*interrupted", printed), printed
+    assert "Traceback" not in printed
+    # The last to go is a helper of multiprocessing that waits for the pipe to close.
+    while any(Path(f"/proc/{pid}").exists() for pid in started):
+        time.sleep(0.05)
+
+
+def descendants(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(child) for child in children.read_text().split()] if children.exists() else []
+    return found + [other for child in found for other in descendants(child)]
+
+
+def outcome_of(part, n_outcomes):
+    for number in range(n_outcomes):
+        yield part, number, os.getpid()
+
+
+def test_outcomes_are_the_same_in_the_same_order_whatever_the_number_of_processes():
+    parts = [(part, 1 + part % 3) for part in range(9)]
+    expected = [(part, number) for part, n in parts for number in range(n)]
+    for jobs in (1, 3):
+        outcomes = list(in_processes(outcome_of, parts, jobs))
+        assert [outcome[:2] for outcome in outcomes] == expected
+        assert os.getpid() not in {outcome[2] for outcome in outcomes}
+
+
+def test_images_are_the_same_whatever_the_number_of_processes(monkeypatch):
+    """What a process finds in its part is what this one finds there, violations included."""
+    n_images = IMAGES_PER_RECORDING + 20
+    monkeypatch.setattr("tiers.testing.crash.in_processes", in_this_process)
+    seen = []
+    monkeypatch.setattr(
+        RecoveryCheck,
+        "__call__",
+        lambda self, k, image: seen.append((self.recording.seed, k, image)),
+    )
+    for jobs in (1, 2):
+        assert list(check_images(SEED, n_images, jobs)) == [None] * n_images
+    assert seen[:n_images] == seen[n_images:] and len(set(seen)) == n_images
+
+
+def in_this_process(work, parts, jobs):
+    for part in parts:
+        yield from work(*part)
+
+
+def failing(part):
+    yield RecoveryError(part, 2, 3, "not as it must be")
+
+
+def test_a_violation_comes_through_from_another_process():
+    (found,) = in_processes(failing, [(1,)], 2)
+    assert isinstance(found, RecoveryError) and found.seed == 1 and found.k == 2
+    assert "--replay 1 2 3" in str(found)
+
+
+def test_no_process_is_left_when_the_reader_of_outcomes_stops():
+    outcomes = in_processes(outcome_of, [(part, 1000) for part in range(50)], 2)
+    pid = next(outcomes)[2]
+    outcomes.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.parametrize(("n_images", "jobs"), [(-1, 1), (5, 0)])
+def test_a_number_of_images_or_processes_that_makes_no_sense_is_refused(n_images, jobs):
+    with pytest.raises(ValueError, match=str(min(n_images, jobs))):
+        next(check_images(SEED, n_images, jobs))
 
 
 def small_store(disk, path=Path("/store")):

@@ -126,11 +126,11 @@ class SlotFile:
         StoreIOError
             If the operating system refuses.
         """
-        order = np.argsort(blocks, kind="stable")
+        order = sorted(range(len(blocks)), key=blocks.__getitem__)
         try:
             self._disk.read_batch(
                 self.file,
-                [int(blocks[i]) * BLOCK_BYTES for i in order],
+                [blocks[i] * BLOCK_BYTES for i in order],
                 [buffers[i] for i in order],
             )
         except EOFError as end:
@@ -149,11 +149,11 @@ class SlotFile:
         StoreFullError, StoreIOError
             If the operating system refuses; any part may have been written.
         """
-        order = np.argsort(blocks, kind="stable")
+        order = sorted(range(len(blocks)), key=blocks.__getitem__)
         try:
             self._disk.write_batch(
                 self.file,
-                [int(blocks[i]) * BLOCK_BYTES for i in order],
+                [blocks[i] * BLOCK_BYTES for i in order],
                 [buffers[i] for i in order],
             )
         except OSError as refused:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tiers.testing.crash import RecoveryError, check_image, check_images, replay
-from tiers.testing.fault_disk import Fault, FaultDisk, PowerCut
-from tiers.testing.images import power_cut
+from tiers.testing.clock import VirtualClock
+from tiers.testing.crash import RecoveryCheck, RecoveryError, check_image, check_images, replay
+from tiers.testing.fault_disk import FaultDisk, PowerCut
+from tiers.testing.faults import Fault
+from tiers.testing.images import PowerCuts, power_cut
 from tiers.testing.log import Log
 from tiers.testing.model import Model, State
 from tiers.testing.workload import Recording, record
@@ -26,10 +28,13 @@ __all__ = [
     "Log",
     "Model",
     "PowerCut",
+    "PowerCuts",
     "Recording",
+    "RecoveryCheck",
     "RecoveryError",
     "State",
     "StoreMachine",
+    "VirtualClock",
     "check_image",
     "check_images",
     "power_cut",

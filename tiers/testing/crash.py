@@ -1,41 +1,54 @@
-"""Power cuts by the thousand: every image must reopen as a committed state, and go on."""
+"""Power cuts by the million: every image must reopen as a committed state, and go on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 
 import numpy as np
 
 from tiers.errors import NotAStoreError, StoreNotFoundError
 from tiers.store import Store
 from tiers.testing.fault_disk import FaultDisk
-from tiers.testing.images import power_cut
+from tiers.testing.images import PowerCuts
 from tiers.testing.model import State
+from tiers.testing.processes import in_processes
 from tiers.testing.workload import PATH, Recording, record
 
-BUDGET_BYTES = 4 << 20
-IMAGES_PER_RECORDING = 100
+BUDGET_BYTES = 3 << 19
+IMAGES_PER_RECORDING = 400
 PAGE_BYTES = (4096, 8192, 4096, 65536)
 """Of successive recordings. With 4 KiB a slot is one block; larger ones are broken for nodes."""
+USED_SHARE = 0.15
+"""Of the images: checked, written to, committed and reopened, too; all are opened and read."""
 
 
 class RecoveryError(AssertionError):
-    """A store did not come back as it must.
+    """A store did not come back as it must; the message says how to see it again.
 
     Attributes
     ----------
     seed, k, image : int
         `replay` makes the same image again.
+    reason : str
     """
 
     def __init__(self, seed: int, k: int, image: int, reason: str) -> None:
-        super().__init__(f"seed {seed}, k {k}, image {image}: {reason}")
+        super().__init__(
+            f"seed {seed}, k {k}, image {image}: {reason}\n"
+            f"again: python -m tiers.testing --replay {seed} {k} {image}"
+        )
         self.seed = seed
         self.k = k
         self.image = image
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RecoveryError], tuple[int, int, int, str]]:
+        return RecoveryError, (self.seed, self.k, self.image, self.reason)
 
 
-def check_images(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
+def check_images(
+    seed: int, n_images: int, jobs: int = 1
+) -> Generator[RecoveryError | None, None, None]:
     """Record runs from `seed` on and check images of them; yield one outcome an image.
 
     Parameters
@@ -43,21 +56,44 @@ def check_images(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
     seed : int
         The first recording's; the next one has ``seed + 1``.
     n_images : int
-        A hundred a recording.
+        `IMAGES_PER_RECORDING` a recording.
+    jobs : int
+        Processes that share the recordings; with 1 everything happens in this one. Images and the
+        order of their outcomes are the same whatever it is.
+
+    Raises
+    ------
+    ValueError
+        If `n_images` is negative, or `jobs` not positive.
     """
-    for first in range(0, n_images, IMAGES_PER_RECORDING):
-        recording = record_seed(seed)
-        rng = np.random.default_rng(seed)
-        for _ in range(min(IMAGES_PER_RECORDING, n_images - first)):
-            k = int(rng.integers(len(recording.log.operations) + 1))
-            image = int(rng.integers(1 << 32))
-            try:
-                check_image(recording, k, image)
-            except RecoveryError as violation:
-                yield violation
-            else:
-                yield None
-        seed += 1
+    if n_images < 0 or jobs < 1:
+        raise ValueError(f"n_images is 0 or more and jobs 1 or more, not {n_images} and {jobs}")
+    firsts = range(0, n_images, IMAGES_PER_RECORDING)
+    parts = [
+        (seed + number, min(IMAGES_PER_RECORDING, n_images - first))
+        for number, first in enumerate(firsts)
+    ]
+    if jobs == 1 or len(parts) < 2:
+        for part in parts:
+            yield from check_recording(*part)
+    else:
+        yield from in_processes(check_recording, parts, jobs)
+
+
+def check_recording(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
+    """Record one run and check images of it; yield one outcome an image."""
+    check = RecoveryCheck(record_seed(seed))
+    length = len(check.recording.log.operations)
+    rng = np.random.default_rng(seed)
+    for _ in range(n_images):
+        k = int(rng.integers(length + 1))
+        image = int(rng.integers(1 << 32))
+        try:
+            check(k, image)
+        except RecoveryError as violation:
+            yield violation
+        else:
+            yield None
 
 
 def record_seed(seed: int) -> Recording:
@@ -73,53 +109,89 @@ def replay(seed: int, k: int, image: int) -> None:
 def check_image(recording: Recording, k: int, image: int) -> None:
     """Check that the store in one image is what it may be, and that it can be used.
 
+    Parameters
+    ----------
+    recording : Recording
+    k : int
+        Operations of its log before the power cut.
+    image : int
+        Chooses what survived it.
+
     Raises
     ------
     RecoveryError
     """
-    disk = power_cut(recording.log, k, np.random.default_rng(image))
-    allowed = recording.allowed(k)
-    try:
-        if allowed is None:
-            _check_creation(disk, recording)
-        else:
-            _check_states(
-                disk, [recording.states[number] for number in allowed], np.random.default_rng(image)
-            )
-    except Exception as failure:
-        raise RecoveryError(
-            recording.seed, k, image, f"{type(failure).__name__}: {failure}"
-        ) from failure
+    RecoveryCheck(recording)(k, image)
 
 
-def _check_creation(disk: FaultDisk, recording: Recording) -> None:
-    """Before `create` returned there may be no store, but then one can be created."""
-    try:
-        store = Store.open(PATH, BUDGET_BYTES, disk=disk)
-    except (StoreNotFoundError, NotAStoreError):
-        if not disk.exists(PATH.parent):
-            return
-        store = Store.create(PATH, BUDGET_BYTES, page_size=recording.page_bytes, disk=disk)
-    with store:
-        _assert_is(store, State())
-        store.check()
+class RecoveryCheck:
+    """Checks images of one recording: `check_image` for many of them.
 
+    Parameters
+    ----------
+    recording : Recording
+        Complete: what is added to its log later is not seen.
+    """
 
-def _check_states(disk: FaultDisk, allowed: list[State], rng: np.random.Generator) -> None:
-    with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
-        differences = [state.difference(store) for state in allowed]
-        assert None in differences, f"not a committed state: {differences}"
-        state = allowed[differences.index(None)].copy()
-        if rng.random() < 0.6:
-            return
-        store.check()
-        state.meta = {"step": "after the cut"}
-        if store.spaces:
-            _write_some(store, state, rng)
-        store.commit(meta=state.meta)
-        store.check()
-    with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
-        _assert_is(store, state)
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self._cuts = PowerCuts(recording.log)
+
+    def __call__(self, k: int, image: int) -> None:
+        """Check one image, as `check_image` does."""
+        recording = self.recording
+        disk = self._cuts.image(self._cuts.choose(k, np.random.default_rng(image)))
+        allowed = recording.allowed(k)
+        try:
+            if allowed is None:
+                self._check_creation(disk)
+            else:
+                self._check_states(disk, allowed, np.random.default_rng(image))
+        except Exception as failure:
+            raise RecoveryError(
+                recording.seed, k, image, f"{type(failure).__name__}: {failure}"
+            ) from failure
+
+    def _check_creation(self, disk: FaultDisk) -> None:
+        """Before `create` returned there may be no store, but then one can be created."""
+        try:
+            store = Store.open(PATH, BUDGET_BYTES, disk=disk)
+        except (StoreNotFoundError, NotAStoreError):
+            if not disk.exists(PATH.parent):
+                return
+            page_bytes = self.recording.page_bytes
+            store = Store.create(PATH, BUDGET_BYTES, page_size=page_bytes, disk=disk)
+        with store:
+            _assert_is(store, State())
+            store.check()
+
+    def _check_states(
+        self, disk: FaultDisk, allowed: Sequence[int], rng: np.random.Generator
+    ) -> None:
+        with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
+            state = self._state_of(store, allowed)
+            if rng.random() >= USED_SHARE:
+                return
+            store.check()
+            state.meta = {"step": "after the cut"}
+            if store.spaces:
+                _write_some(store, state, rng)
+            store.commit(meta=state.meta)
+            store.check()
+        with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
+            _assert_is(store, state)
+            if state.snapshots:
+                _use_snapshots(store, state, disk, rng)
+
+    def _state_of(self, store: Store, allowed: Sequence[int]) -> State:
+        """Return a copy of the first of the recorded states that a store, read whole, is in."""
+        differences = []
+        for number in allowed:
+            difference = self.recording.states[number].difference(store)
+            if difference is None:
+                return self.recording.states[number].copy()
+            differences.append(difference)
+        raise AssertionError(f"not a committed state: {differences}")
 
 
 def _write_some(store: Store, state: State, rng: np.random.Generator) -> None:
@@ -131,6 +203,26 @@ def _write_some(store: Store, state: State, rng: np.random.Generator) -> None:
             content = rng.bytes(store.page_bytes)
             store.arena[frame] = np.frombuffer(content, np.uint8)
             state.pages[space.name, page] = content
+
+
+def _use_snapshots(
+    store: Store, state: State, disk: FaultDisk, rng: np.random.Generator
+) -> None:
+    """Read every snapshot beside the writer; then drop one or go back to it."""
+    for name, expected in state.snapshots.items():
+        with Store.open(
+            PATH, BUDGET_BYTES, read_only=True, snapshot=name, disk=disk.process()
+        ) as reader:
+            _assert_is(reader, expected)
+    name = str(rng.choice(list(state.snapshots)))
+    if rng.random() < 0.5:
+        store.snapshots.drop(name)
+        state = state.without_snapshot(name)
+    else:
+        store.snapshots.roll_back(name, drop_newer=True)
+        state = state.rolled_back(name)
+    _assert_is(store, state)
+    store.check()
 
 
 def _assert_is(store: Store, state: State) -> None:

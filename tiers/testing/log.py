@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tiers.testing.sparse import SparseBytes
 
@@ -70,6 +70,12 @@ class Mark:
 
 
 Operation = Make | Write | Resize | Sync | Names | SyncDirectory | Mark
+Betrayal = Literal["forgotten", "late"]
+"""What a device does to a change that it acknowledged and shows.
+
+``"forgotten"``: it is gone when the power goes off, whatever was synced. ``"late"``: the next sync
+passes it by, so that later changes are durable before it; the sync after that one takes it along.
+"""
 
 
 @dataclass
@@ -120,10 +126,19 @@ class Log:
     base : Tree
         What was durable before the first operation.
     operations : list of Operation
+    betrayals : dict of int to Betrayal
+        By position in `operations`: changes that the device does not keep as it says.
     """
 
     base: Tree
     operations: list[Operation] = field(default_factory=list)
+    betrayals: dict[int, Betrayal] = field(default_factory=dict)
+
+    def append(self, operation: Operation, betrayal: Betrayal | None = None) -> None:
+        """Note what was done, and whether the device will keep it."""
+        if betrayal is not None:
+            self.betrayals[len(self.operations)] = betrayal
+        self.operations.append(operation)
 
     def marks(self, length: int) -> list[Any]:
         """Return the labels of the marks among the first `length` operations."""

@@ -13,6 +13,8 @@ from tiers.space import Constant, Space, SpaceSpec, uniform_at
 from tiers.store import Store
 
 PAGES_READ_MAX = 1000
+OTHERS_READ = 12
+"""How many pages that were never written are read of a space that is larger."""
 
 
 @dataclass
@@ -108,7 +110,7 @@ class State:
         if space.n_pages <= PAGES_READ_MAX:
             return np.arange(space.n_pages)
         written = [page for name, page in self.pages if name == space.name]
-        some = range(0, space.n_pages, space.n_pages // 50)
+        some = range(0, space.n_pages, space.n_pages // OTHERS_READ)
         return np.unique(np.array([*written, *some], np.int64))
 
 

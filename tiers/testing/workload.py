@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,21 @@ class Recording:
     def allowed(self, k: int) -> list[int] | None:
         """Return which states a cut after `k` operations may leave; None before creation."""
         allowed: list[int] | None = None
-        for operation in self.log.operations[:k]:
-            match operation:
-                case Mark(Holds(number)):
+        for position, label in self._marks:
+            if position >= k:
+                break
+            match label:
+                case Holds(number):
                     allowed = [number]
-                case Mark(Begins(number)):
+                case Begins(number):
                     assert allowed is not None
                     allowed.append(number)
         return allowed
+
+    @cached_property
+    def _marks(self) -> list[tuple[int, Any]]:
+        operations = enumerate(self.log.operations)
+        return [(position, one.label) for position, one in operations if isinstance(one, Mark)]
 
 
 def record(seed: int, *, n_transactions: int = 12, page_bytes: int = 4096) -> Recording:
