@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,6 +43,36 @@ def test_page_faults_passes_over_what_is_not_there(
     sizes = [*SIZES, "--directory", str(tmp_path), "--patterns", "uniform"]
     page_faults.main([*sizes, "--only", "direct reads", "memmap, RANDOM"])
     assert "without memmap, RANDOM: there is no memory cgroup" in capsys.readouterr().out
+
+
+def test_page_faults_goes_on_without_a_contender_that_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = page_faults.take_turn
+
+    def fail(turn: dict[str, Any]) -> dict[str, list[float]]:
+        if turn["contender"] == "store":
+            raise page_faults.TurnFailedError("its process ended with -9")
+        return real(turn)
+
+    monkeypatch.setattr(page_faults, "take_turn", fail)
+    sizes = [*SIZES, "--directory", str(tmp_path), "--patterns", "uniform"]
+    page_faults.main([*sizes, "--only", "direct reads", "store"])
+    printed = capsys.readouterr().out
+    assert "without store: its process ended with -9" in printed
+    assert any(line.startswith("direct reads") for line in printed.splitlines())
+
+
+def test_a_turn_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(page_faults.TurnFailedError, match="FileNotFoundError"):
+        page_faults.take_turn(
+            {
+                "contender": "direct reads",
+                "directory": str(tmp_path / "none"),
+                "n_pages": 8,
+                "pattern": None,
+            }
+        )
 
 
 def test_page_faults_refuses_batches_that_no_cache_holds(tmp_path: Path) -> None:

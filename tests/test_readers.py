@@ -86,7 +86,7 @@ def test_blocks_are_held_for_a_reader_and_used_again_when_it_has_gone(disk):
         for value in range(12, 40):
             fill(store, value)
         # The first of these commits could not know yet that the reader has gone.
-        assert store.stats()["tiers"]["nvme"]["file_bytes"] < held + 2 * N_PAGES * PAGE
+        assert store.stats()["tiers"]["nvme"]["file_bytes"] < held + 3 * N_PAGES * PAGE
         assert disk.list_directory(PATH / "readers") == []
 
 

@@ -10,10 +10,7 @@ import errno
 import mmap
 import os
 import sys
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -21,16 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import StoreLockedError
-from tiers.jobs import run_all
+from tiers.transfer import IN_FLIGHT, Transfers
 
 Bytes = npt.NDArray[np.uint8]
 Mode = Literal["read", "write", "create"]
-
-PARALLEL_READS = 8
-"""Transfers in flight; eight saturate a 64 KiB random load on one NVMe device."""
-
-RUN_BUFFERS_MAX = 16
-"""Most neighbouring buffers moved by one vectored call."""
 
 
 class File(Protocol):
@@ -51,7 +42,9 @@ class File(Protocol):
 class Disk(Protocol):
     """What a store asks of the operating system.
 
-    Every method raises `OSError` as the operating system does. Transfers are whole or raise.
+    Every method raises `OSError` as the operating system does. Transfers are whole or raise; a
+    batch is moved in any order, `in_flight` stretches of the file at a time, so the places of one
+    write do not overlap.
     Nothing is durable before `sync` (contents and length of a file) or `sync_directory` (names) has
     returned.
     """
@@ -61,8 +54,22 @@ class Disk(Protocol):
     def exists(self, path: Path) -> bool: ...
     def open(self, path: Path, mode: Mode, *, direct: bool) -> File: ...
     def size(self, file: File) -> int: ...
-    def read_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None: ...
-    def write_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None: ...
+    def read_batch(
+        self,
+        file: File,
+        offsets: Sequence[int],
+        buffers: Sequence[Bytes],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> None: ...
+    def write_batch(
+        self,
+        file: File,
+        offsets: Sequence[int],
+        buffers: Sequence[Bytes],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> None: ...
     def allocate(self, file: File, size_bytes: int) -> None: ...
     def sync(self, file: File) -> None: ...
     def truncate(self, file: File, size_bytes: int) -> None: ...
@@ -105,6 +112,13 @@ class OsFile:
         self.descriptor = descriptor
         self.direct = direct
 
+    def stop_direct(self) -> None:
+        import fcntl
+
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self.direct = False
+
     def close(self) -> None:
         if self.descriptor >= 0:
             descriptor, self.descriptor = self.descriptor, -1
@@ -125,9 +139,7 @@ class OsDisk:
     """
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._pool_guard = threading.Lock()
-        self._pool_process = os.getpid()
+        self._transfers = Transfers()
 
     def make_directory(self, path: Path) -> None:
         os.mkdir(path)
@@ -156,11 +168,27 @@ class OsDisk:
     def size(self, file: File) -> int:
         return os.fstat(_descriptor(file)).st_size
 
-    def read_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
-        self._transfer(file, offsets, buffers, _read_run)
+    def read_batch(
+        self,
+        file: File,
+        offsets: Sequence[int],
+        buffers: Sequence[Bytes],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
+        assert isinstance(file, OsFile)
+        self._transfers.move(file, offsets, buffers, write=False, in_flight=in_flight)
 
-    def write_batch(self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
-        self._transfer(file, offsets, buffers, _write_run)
+    def write_batch(
+        self,
+        file: File,
+        offsets: Sequence[int],
+        buffers: Sequence[Bytes],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
+        assert isinstance(file, OsFile)
+        self._transfers.move(file, offsets, buffers, write=True, in_flight=in_flight)
 
     def allocate(self, file: File, size_bytes: int) -> None:
         descriptor = _descriptor(file)
@@ -238,110 +266,6 @@ class OsDisk:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-    def _transfer(
-        self, file: File, offsets: Sequence[int], buffers: Sequence[Bytes], move: _Move
-    ) -> None:
-        assert isinstance(file, OsFile)
-        runs = _runs(offsets, buffers)
-        if len(runs) < 3:
-            for run in runs:
-                move(file, run)
-            return
-        n_workers = min(PARALLEL_READS, len(runs))
-        calls = [
-            partial(_move_all, file, runs[first::n_workers], move) for first in range(n_workers)
-        ]
-        run_all(self._workers(), calls)
-
-    def _workers(self) -> ThreadPoolExecutor:
-        with self._pool_guard:
-            if self._pool is None or self._pool_process != os.getpid():
-                self._pool = ThreadPoolExecutor(PARALLEL_READS, thread_name_prefix="dpnc-disk")
-                self._pool_process = os.getpid()
-            return self._pool
-
-
-class _Run:
-    """Buffers that lie next to each other in the file."""
-
-    __slots__ = ("buffers", "offset", "size_bytes")
-
-    def __init__(self, offset: int, buffer: Bytes) -> None:
-        self.offset = offset
-        self.buffers = [buffer]
-        self.size_bytes = len(buffer)
-
-
-class _Move(Protocol):
-    def __call__(self, file: OsFile, run: _Run) -> None: ...
-
-
-def _runs(offsets: Sequence[int], buffers: Sequence[Bytes]) -> list[_Run]:
-    assert len(offsets) == len(buffers)
-    runs: list[_Run] = []
-    for offset, buffer in zip(offsets, buffers, strict=True):
-        last = runs[-1] if runs else None
-        if last and last.offset + last.size_bytes == offset and len(last.buffers) < RUN_BUFFERS_MAX:
-            last.buffers.append(buffer)
-            last.size_bytes += len(buffer)
-        else:
-            runs.append(_Run(int(offset), buffer))
-    return runs
-
-
-def _move_all(file: OsFile, runs: list[_Run], move: _Move) -> None:
-    for run in runs:
-        move(file, run)
-
-
-def _read_run(file: OsFile, run: _Run) -> None:
-    done = _step(file, os.preadv, run, 0)
-    while done < run.size_bytes:
-        step = _step(file, os.preadv, run, done)
-        if step == 0:
-            raise EOFError(f"{file.path} ends at byte {run.offset + done}")
-        done += step
-
-
-def _write_run(file: OsFile, run: _Run) -> None:
-    done = _step(file, os.pwritev, run, 0)
-    while done < run.size_bytes:
-        step = _step(file, os.pwritev, run, done)
-        if step == 0:
-            raise OSError(errno.EIO, "the device takes no bytes", str(file.path))
-        done += step
-
-
-def _step(file: OsFile, call: Callable[..., int], run: _Run, done: int) -> int:
-    """Move what one system call moves of a run of which `done` bytes are moved."""
-    try:
-        return call(file.descriptor, _rest(run, done), run.offset + done)
-    except OSError as refused:
-        # Some file systems accept O_DIRECT at open and refuse it at the transfer, and a transfer
-        # that stopped short may go on at an odd byte.
-        if refused.errno != errno.EINVAL or not file.direct:
-            raise
-    _stop_direct(file)
-    return call(file.descriptor, _rest(run, done), run.offset + done)
-
-
-def _stop_direct(file: OsFile) -> None:
-    import fcntl
-
-    flags = fcntl.fcntl(file.descriptor, fcntl.F_GETFL)
-    fcntl.fcntl(file.descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
-    file.direct = False
-
-
-def _rest(run: _Run, done: int) -> list[Bytes]:
-    """Return what is left of a transfer that stopped short after `done` bytes."""
-    rest = []
-    for buffer in run.buffers:
-        if done < len(buffer):
-            rest.append(buffer[done:])
-        done = max(0, done - len(buffer))
-    return rest
 
 
 def _descriptor(file: File) -> int:

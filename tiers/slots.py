@@ -25,6 +25,7 @@ from tiers.allocator import BLOCK_BYTES
 from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
 from tiers.root import FORMAT_VERSION, FORMATS_READ
+from tiers.transfer import IN_FLIGHT
 
 _HEADER = struct.Struct(
     "<8sII16sI"
@@ -116,7 +117,9 @@ class SlotFile:
     def size_blocks(self) -> int:
         return self._disk.size(self.file) // BLOCK_BYTES
 
-    def read_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
+    def read_blocks(
+        self, blocks: Sequence[int], buffers: Sequence[Bytes], *, in_flight: int = IN_FLIGHT
+    ) -> None:
         """Read from each of these blocks on into its buffer, 4 KiB or a page.
 
         Raises
@@ -126,12 +129,9 @@ class SlotFile:
         StoreIOError
             If the operating system refuses.
         """
-        order = sorted(range(len(blocks)), key=blocks.__getitem__)
         try:
             self._disk.read_batch(
-                self.file,
-                [blocks[i] * BLOCK_BYTES for i in order],
-                [buffers[i] for i in order],
+                self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight
             )
         except EOFError as end:
             raise CorruptionError(f"the page file is cut short: {end}") from end
@@ -149,13 +149,8 @@ class SlotFile:
         StoreFullError, StoreIOError
             If the operating system refuses; any part may have been written.
         """
-        order = sorted(range(len(blocks)), key=blocks.__getitem__)
         try:
-            self._disk.write_batch(
-                self.file,
-                [blocks[i] * BLOCK_BYTES for i in order],
-                [buffers[i] for i in order],
-            )
+            self._disk.write_batch(self.file, [block * BLOCK_BYTES for block in blocks], buffers)
         except OSError as refused:
             raise _typed(refused, f"writing {self.file.path}") from refused
         self.bytes_written += sum(len(buffer) for buffer in buffers)

@@ -1,0 +1,278 @@
+"""Transfers: a batch of buffers moved between memory and an open file.
+
+A batch is sorted by place, neighbours become runs, and several runs are in flight. Two ways do the
+same: `tiers.wave`, one compiled call beside which the GIL is free throughout, and a pool of Python
+threads. The wave needs numba, whose import takes some 120 MiB and half a second: too much for a
+store of 64 MiB in a process that compiles nothing else. So it is used from the moment on when
+numba has been imported, and the pool before, and where there is no wave (not Linux; a 32-bit
+process; ``NUMBA_DISABLE_JIT``).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tiers.jobs import run_all
+
+if TYPE_CHECKING:
+    from tiers.wave import Calls
+
+Bytes = npt.NDArray[np.uint8]
+
+IN_FLIGHT = 8
+"""Runs in flight unless told; eight saturate a 64 KiB random load on one NVMe device."""
+IN_FLIGHT_MAX = 64
+
+RUN_BUFFERS_MAX = 16
+"""Most neighbouring buffers moved by one vectored call."""
+
+
+class OpenFile(Protocol):
+    """A file that can be transferred from and to.
+
+    Attributes
+    ----------
+    path : Path
+    descriptor : int
+    direct : bool
+        Whether transfers bypass the page cache.
+    """
+
+    path: Path
+    descriptor: int
+    direct: bool
+
+    def stop_direct(self) -> None:
+        """Go on through the page cache; a second time changes nothing."""
+
+
+class Batch:
+    """Buffers and their places in a file, in runs.
+
+    Parameters
+    ----------
+    offsets : sequence of int
+        Bytes from the start of the file; the places of a write do not overlap.
+    buffers : sequence of uint8 arrays
+        One-dimensional and contiguous; those without bytes are passed over.
+
+    Attributes
+    ----------
+    offsets : list of int
+        Ascending, in bytes.
+    buffers : list of uint8 arrays
+        In the same order.
+    starts : list of int
+        Index of the first buffer of each run.
+    """
+
+    def __init__(self, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
+        if len(offsets) != len(buffers):
+            raise ValueError(f"{len(offsets)} offsets for {len(buffers)} buffers")
+        for buffer in buffers:
+            if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous:
+                raise ValueError(
+                    "a buffer must be a contiguous one-dimensional uint8 array, not "
+                    f"{buffer.dtype} {buffer.shape} with strides {buffer.strides}"
+                )
+        # Lists: for a batch of a few pages numpy's calls cost more than the loop.
+        order = [i for i in sorted(range(len(offsets)), key=offsets.__getitem__) if len(buffers[i])]
+        self.offsets = [int(offsets[i]) for i in order]
+        self.buffers = [buffers[i] for i in order]
+        # To pwritev2 an offset of -1 is the file's own position.
+        if self.offsets and self.offsets[0] < 0:
+            raise ValueError(f"an offset must not be negative: {self.offsets[0]}")
+        self.starts: list[int] = []
+        end = 0
+        for number, (offset, buffer) in enumerate(zip(self.offsets, self.buffers, strict=True)):
+            in_run = number - self.starts[-1] if self.starts else RUN_BUFFERS_MAX
+            if offset != end or in_run == RUN_BUFFERS_MAX:
+                self.starts.append(number)
+            end = offset + len(buffer)
+
+    def runs(self) -> list[Run]:
+        """Return the runs."""
+        return [
+            Run(self.offsets[start], self.buffers[start:stop])
+            for start, stop in pairwise([*self.starts, len(self.buffers)])
+        ]
+
+
+class Run:
+    """Buffers that lie next to each other in the file.
+
+    Attributes
+    ----------
+    offset : int
+        Where what is left to move begins in the file, in bytes.
+    buffers : list of uint8 arrays
+        What is left to move.
+    """
+
+    __slots__ = ("buffers", "offset")
+
+    def __init__(self, offset: int, buffers: list[Bytes]) -> None:
+        self.offset = offset
+        self.buffers = buffers
+
+    def advance(self, n_bytes: int) -> None:
+        """Leave out what has been moved."""
+        self.offset += n_bytes
+        while self.buffers and n_bytes >= len(self.buffers[0]):
+            n_bytes -= len(self.buffers[0])
+            del self.buffers[0]
+        if n_bytes:
+            self.buffers[0] = self.buffers[0][n_bytes:]
+
+
+class Transfers:
+    """Moves batches; one for each disk, for any number of threads."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._pool_guard = threading.Lock()
+        self._pool_process = os.getpid()
+
+    def move(
+        self,
+        file: OpenFile,
+        offsets: Sequence[int],
+        buffers: Sequence[Bytes],
+        *,
+        write: bool,
+        in_flight: int = IN_FLIGHT,
+    ) -> None:
+        """Move a batch, all of it; nothing is in flight when this returns or raises.
+
+        Parameters
+        ----------
+        file : OpenFile
+        offsets, buffers : sequences
+            See `Batch`.
+        write : bool
+            From the buffers to the file.
+        in_flight : int
+            Runs moved at the same time, 1 to `IN_FLIGHT_MAX`.
+
+        Raises
+        ------
+        EOFError
+            If the file ends before a buffer is full.
+        OSError
+            With the file's name. Any part may have been moved.
+        ValueError
+            If `in_flight`, an offset or a buffer is none.
+        """
+        if not 1 <= in_flight <= IN_FLIGHT_MAX:
+            raise ValueError(f"in_flight must be 1 to {IN_FLIGHT_MAX}, not {in_flight!r}")
+        batch = Batch(offsets, buffers)
+        if not write and not all(buffer.flags.writeable for buffer in buffers):
+            raise ValueError("a buffer that is read into must be writeable")
+        if len(batch.starts) < 2 or in_flight == 1:
+            _move_runs(file, batch.runs(), write)
+            return
+        calls = _wave_calls()
+        if calls is not None:
+            _move_in_wave(calls, file, batch, write, in_flight)
+            return
+        runs = batch.runs()
+        n_workers = min(in_flight, len(runs))
+        jobs = [
+            partial(_move_runs, file, runs[first::n_workers], write) for first in range(n_workers)
+        ]
+        run_all(self._workers(), jobs)
+
+    def _workers(self) -> ThreadPoolExecutor:
+        with self._pool_guard:
+            if self._pool is None or self._pool_process != os.getpid():
+                self._pool = ThreadPoolExecutor(IN_FLIGHT_MAX, thread_name_prefix="dpnc-disk")
+                self._pool_process = os.getpid()
+            return self._pool
+
+
+def _wave_calls() -> Calls | None:
+    """Return what a wave calls; None where there is none, or as long as it costs too much."""
+    if "numba" not in sys.modules:
+        return None
+    from tiers import wave
+
+    return wave.CALLS
+
+
+def _move_in_wave(calls: Calls, file: OpenFile, batch: Batch, write: bool, in_flight: int) -> None:
+    from tiers import wave
+
+    runs = np.zeros((len(batch.starts), wave.RUN_WORDS), np.int64)
+    runs[:, wave.OFFSET] = [batch.offsets[start] for start in batch.starts]
+    runs[:, wave.FIRST] = batch.starts
+    runs[:, wave.N_LEFT] = np.diff(batch.starts, append=len(batch.buffers))
+    places = np.empty((len(batch.buffers), 2), np.int64)
+    places[:, 0] = [buffer.ctypes.data for buffer in batch.buffers]
+    places[:, 1] = [len(buffer) for buffer in batch.buffers]
+    while True:
+        was_direct = file.direct
+        wave.move(calls, file.descriptor, runs, places, write=write, in_flight=in_flight)
+        failed = np.flatnonzero(runs[:, wave.ERROR])
+        if len(failed) == 0:
+            return
+        numbers = runs[failed, wave.ERROR]
+        others = failed[numbers != errno.EINVAL]
+        if was_direct and len(others) == 0:
+            file.stop_direct()
+            runs[failed, wave.ERROR] = 0
+            continue
+        first = others[0] if was_direct else failed[0]
+        number, offset = int(runs[first, wave.ERROR]), int(runs[first, wave.OFFSET])
+        raise (
+            _stopped(file, offset, write) if number == wave.END_OF_FILE else _refused(file, number)
+        )
+
+
+def _move_runs(file: OpenFile, runs: list[Run], write: bool) -> None:
+    call = os.pwritev if write else os.preadv
+    for run in runs:
+        while run.buffers:
+            moved = _step(file, call, run)
+            if moved == 0:
+                raise _stopped(file, run.offset, write)
+            run.advance(moved)
+
+
+def _step(file: OpenFile, call: Callable[..., int], run: Run) -> int:
+    """Move what one system call moves of a run."""
+    # Some file systems accept O_DIRECT at open and refuse it at the transfer, and a transfer that
+    # stopped short may go on at an odd byte. Another thread may have found that out meanwhile.
+    was_direct = file.direct
+    try:
+        return call(file.descriptor, run.buffers, run.offset)
+    except OSError as refused:
+        if refused.errno != errno.EINVAL or not was_direct:
+            raise _refused(file, refused.errno or errno.EIO) from None
+    file.stop_direct()
+    try:
+        return call(file.descriptor, run.buffers, run.offset)
+    except OSError as refused:
+        raise _refused(file, refused.errno or errno.EIO) from None
+
+
+def _refused(file: OpenFile, number: int) -> OSError:
+    return OSError(number, os.strerror(number), str(file.path))
+
+
+def _stopped(file: OpenFile, offset: int, write: bool) -> Exception:
+    """Return what to raise for a transfer that moves nothing and reports no error."""
+    if write:
+        return OSError(errno.EIO, "the device takes no bytes", str(file.path))
+    return EOFError(f"{file.path} ends at byte {offset}")
