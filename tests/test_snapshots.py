@@ -89,6 +89,8 @@ def test_a_snapshot_reads_as_the_commit_that_it_names_whatever_came_after(disk):
                 assert list(reader.snapshots) == [f"step {before}" for before in range(1, step)]
                 with pytest.raises(StoreReadOnlyError):
                     write(reader, [0], 1)
+                with pytest.raises(SnapshotError, match=f"'step {step}', which stays"):
+                    reader.refresh()
         assert store.check()["blocks_lost"] == 0
 
 

@@ -85,6 +85,7 @@ class StoreFiles:
         self.reader = reader
         _open_files.add(self)
         self._readers: Readers | None = None
+        self._snapshot: str | None = None
         self._disk = disk
         self._locks = locks
         self._root_file = root_file
@@ -160,6 +161,7 @@ class StoreFiles:
         if snapshot is not None:
             try:
                 files.root = root_at(files.root, files.slots, snapshot)
+                files._snapshot = snapshot
             except BaseException:
                 files.close()
                 raise
@@ -262,6 +264,8 @@ class StoreFiles:
 
     def newest_root(self, path: Path) -> Root:
         """Return the newest root of a store that somebody else writes, and register for it."""
+        if self._snapshot is not None:
+            raise SnapshotError(f"{path} is open at snapshot {self._snapshot!r}, which stays as it is")
         with _typed_errors(f"reading {path}"):
             for _ in range(OPEN_ATTEMPTS):
                 if self.reader is None:
