@@ -33,7 +33,7 @@ from tiers.errors import (
 )
 from tiers.jobs import run_all
 from tiers.memory import budget_min
-from tiers.testing import Fault, FaultDisk, power_cut
+from tiers.testing import Fault, FaultDisk, PowerCut, power_cut
 
 PAGE = 4096
 PLACE = Path("/machine/store")
@@ -369,3 +369,33 @@ def test_a_store_that_nobody_refers_to_lets_go_of_its_lock(tmp_path: Path) -> No
         with pytest.raises(StoreLockedError, match="this process"):
             Store.open(tmp_path / "store", "1MiB")
         store.check()
+
+
+@pytest.mark.parametrize("way", ["failed sync", "closed", "killed"])
+def test_a_power_cut_while_a_store_is_opened_leaves_one_root_whole(
+    disk: FaultDisk, way: str
+) -> None:
+    """One slot may be in doubt for good; the other one must not be written before that is mended."""
+    store = Store.create(PLACE, "1MiB", page_size=PAGE, disk=disk)
+    for step in range(3):
+        store.commit(meta={"step": step})
+    if way == "failed sync":
+        disk.inject(Fault(2, kinds=("sync",)))
+        with pytest.raises(StorePoisonedError):
+            store.commit(meta={"step": 3})
+        disk.inject(None)
+        store.close()
+    elif way == "killed":
+        disk.cut_after(3)
+        with pytest.raises(PowerCut):
+            store.commit(meta={"step": 3})
+        disk.power_off()
+    else:
+        store.close()
+    begin = len(disk.log.operations)
+    Store.open(PLACE, "1MiB", disk=disk).close()
+    for k in range(begin, len(disk.log.operations) + 1):
+        for seed in range(40):
+            image = power_cut(disk.log, k, np.random.default_rng(seed))
+            with Store.open(PLACE, "1MiB", disk=image) as reopened:
+                assert reopened.meta["step"] in (2, 3)

@@ -265,7 +265,7 @@ class StoreFiles:
     def newest_root(self, path: Path) -> Root:
         """Return the newest root of a store that somebody else writes, and register for it."""
         if self._snapshot is not None:
-            raise SnapshotError(f"{path} is open at snapshot {self._snapshot!r}, which stays as it is")
+            raise SnapshotError(f"{path} is open at {self._snapshot!r}, which stays as it is")
         with _typed_errors(f"reading {path}"):
             for _ in range(OPEN_ATTEMPTS):
                 if self.reader is None:
@@ -302,7 +302,16 @@ class StoreFiles:
                     abandoned = ()
                 root = replace(root, abandoned=abandoned)
         self.root = replace(root, is_clean=False)
-        self.write_both_roots(self.root)
+        # First the same bytes where they are: if they were durable no tear can harm them, and if
+        # they were not, the other slot holds what is.
+        same = np.frombuffer(root.found_as * 2, np.uint8).copy()
+        for offset, copies in (
+            (root.found_at, same),
+            (ROOT_FILE_BYTES // 2 - root.found_at, self.root.encode()),
+            (root.found_at, self.root.encode()),
+        ):
+            self._disk.write_batch(self._root_file, [offset], [copies])
+            self._disk.sync(self._root_file)
         self._disk.sync_directory(path)
         self._disk.sync_directory(path.parent)
 

@@ -97,6 +97,10 @@ class Root:
         lost the catalogue; empty where they are too large.
     damaged_copies : list of int
         Blocks of the root file that failed their checksum when this root was read.
+    found_at : int
+        Byte offset in the root file of the slot that it was read from.
+    found_as : bytes
+        The copy that it was read from.
     """
 
     store_id: bytes
@@ -113,6 +117,8 @@ class Root:
     is_clean: bool = False
     outline: bytes = b""
     damaged_copies: list[int] = field(default_factory=list)
+    found_at: int = 0
+    found_as: bytes = b""
 
     def slot_offset(self) -> int:
         """Byte offset in the root file of the slot that this commit writes."""
@@ -264,6 +270,8 @@ def decode_root_file(content: bytes, path: str) -> Root:
             damaged.append(number)
         elif newest is None or _age(copy) > _age(newest):
             newest = copy
+            newest.found_at = number // 2 * 2 * BLOCK_BYTES
+            newest.found_as = content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES]
     if newest is None:
         raise CorruptionError(f"{path}: none of the four root copies is whole")
     newest.damaged_copies = damaged

@@ -18,7 +18,7 @@ BUDGET_BYTES = 3 << 19
 IMAGES_PER_RECORDING = 400
 PAGE_BYTES = (4096, 8192, 4096, 65536)
 """Of successive recordings. With 4 KiB a slot is one block; larger ones are broken for nodes."""
-USED_SHARE = 0.15
+USED_SHARE = 0.05
 """Of the images: checked, written to, committed and reopened, too; all are opened and read."""
 
 
