@@ -29,6 +29,7 @@ from tiers.errors import (
     StoreExistsError,
     StoreIOError,
     StoreLockedError,
+    StorePoisonedError,
     TransactionBrokenError,
 )
 from tiers.jobs import run_all
