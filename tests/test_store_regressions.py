@@ -395,8 +395,9 @@ def test_a_power_cut_while_a_store_is_opened_leaves_one_root_whole(
         store.close()
     begin = len(disk.log.operations)
     Store.open(PLACE, "1MiB", disk=disk).close()
-    for k in range(begin, len(disk.log.operations) + 1):
-        for seed in range(40):
+    # Both slots are damaged in one image of a hundred, after the first write or two.
+    for k in range(begin, min(begin + 8, len(disk.log.operations) + 1)):
+        for seed in range(250):
             image = power_cut(disk.log, k, np.random.default_rng(seed))
             with Store.open(PLACE, "1MiB", disk=image) as reopened:
                 assert reopened.meta["step"] in (2, 3)
