@@ -145,7 +145,7 @@ def test_a_full_disk_stops_an_update_before_it_begins(tmp_path: Path) -> None:
     with dpnc.create(
         tmp_path / "field",
         encoding,
-        budget=dpnc.Budget(dram=AMPLE, nvme="320KiB"),
+        budget=dpnc.Budget(dram=AMPLE, nvme="1536KiB"),
         optimizer=dpnc.Adam(),
         page_size=4096,
     ) as field:
