@@ -10,8 +10,8 @@ import pytest
 import dpnc
 from tiers.allocator import BLOCK_BYTES
 from tiers.frames import BYTES_PER_FRAME_RECORD
-from tiers.page_map import NODES_MIN
 from tiers.memory import budget_min
+from tiers.page_map import NODES_MIN
 
 AMPLE = "64MiB"
 

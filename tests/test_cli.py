@@ -391,7 +391,7 @@ def test_a_damaged_page_is_found_named_and_salvaged_around(store, tmp_path):
     assert (found["tree"], found["first_page"], found["stop_page"]) == ("a", 12, 13)
     assert "page 12" in run("scrub", store).stdout
     for command in ("backup", "export"):
-        refused = run(command, store, tmp_path / "no")
+        refused = run(command, store, tmp_path / command)
         assert refused.exit_code == cli.EXIT_NOT_INTACT
         assert "corrupt" in refused.stderr
     salvaged = run("salvage", store, tmp_path / "found.dpnc", "--json")

@@ -14,8 +14,8 @@ import dpnc
 from dpnc.demo.plan import Plan
 from tiers import Constant, Space, SpaceSpec, Store, Uniform
 from tiers.errors import BudgetError, NotAStoreError, PageIndexError, SpaceError
-from tiers.page_table import DensePageTable, HashedPageTable
 from tiers.memory import budget_min
+from tiers.page_table import DensePageTable, HashedPageTable
 from tiers.space import Initial, uniform_at
 from tiers.testing import FaultDisk
 

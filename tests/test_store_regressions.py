@@ -376,7 +376,7 @@ def test_a_store_that_nobody_refers_to_lets_go_of_its_lock(tmp_path: Path) -> No
 def test_a_power_cut_while_a_store_is_opened_leaves_one_root_whole(
     disk: FaultDisk, way: str
 ) -> None:
-    """One slot may be in doubt for good; the other one must not be written before that is mended."""
+    """One slot may be in doubt for good: mended before the other one is written."""
     store = Store.create(PLACE, "1MiB", page_size=PAGE, disk=disk)
     for step in range(3):
         store.commit(meta={"step": step})

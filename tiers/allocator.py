@@ -34,6 +34,7 @@ GROUPS_A_SEARCH = 64
 UNKNOWN = -1
 
 Bitmap = npt.NDArray[np.uint8]
+Counts = npt.NDArray[np.int64]
 
 
 def tag_slots(number: int, blocks_per_slot: int) -> tuple[int, int]:
@@ -51,6 +52,7 @@ class BitmapTree(Protocol):
 
     def bitmap(self, number: int) -> Bitmap | None: ...
     def private_bitmap(self, number: int) -> Bitmap: ...
+    def remove_bitmap(self, number: int) -> None: ...
 
 
 class Growth(Protocol):
@@ -174,11 +176,10 @@ class Allocator:
             n_blocks += RESERVE_BLOCKS + 2 * self.n_bitmaps
         if self._missing(n_slots, n_blocks) > 0:
             self._search(GROUPS_A_SEARCH, self._wanted(n_slots, n_blocks))
-        missing = self._missing(n_slots, n_blocks)
-        if missing <= 0:
-            return
         try:
-            self._lengthen(missing)
+            # Where the file was longer once, readers may hold what it grows by: once more then.
+            while (missing := self._missing(n_slots, n_blocks)) > 0:
+                self._lengthen(missing)
         except StoreFullError:
             self._search(self.n_bitmaps, self._wanted(n_slots, n_blocks))
             if self._missing(n_slots, n_blocks) > 0 and not self._is_room_made(n_slots, n_blocks):
@@ -186,7 +187,8 @@ class Allocator:
 
     def _is_room_made(self, n_slots: int, n_blocks: int) -> bool:
         """Return whether there is room once readers of earlier commits are no longer considered."""
-        if not self._held or self.let_readers_go is None:
+        # Below a limit there is little room on purpose; readers are not to suffer for that.
+        if not self._held or self.let_readers_go is None or self.limit_blocks is not None:
             return False
         self.release(self.let_readers_go())
         return self._missing(n_slots, n_blocks) <= 0
@@ -239,16 +241,25 @@ class Allocator:
         if version is not None and version <= self.kept_version:
             return
         number, first = divmod(block, BITMAP_BLOCKS)
-        bits = self._pending.get(number)
-        if bits is None:
-            bits = self._pending.setdefault(number, np.zeros(BITMAP_BLOCKS // 8, np.uint8))
-            # Made private now, so that a commit allocates nothing.
-            self._tree.private_bitmap(number)
+        bits = self._pending_of(number)
         if n_blocks % 8 == 0:
             bits[first // 8 : (first + n_blocks) // 8] = 0xFF
             return
         for bit in range(first, first + n_blocks):
             bits[bit >> 3] |= np.uint8(1 << (bit & 7))
+
+    def give_back_lost(self, number: int, lost: Bitmap) -> None:
+        """Free blocks of one group that are used and that no state refers to; one bit each."""
+        bits = self._pending_of(number)
+        bits |= lost
+
+    def _pending_of(self, number: int) -> Bitmap:
+        bits = self._pending.get(number)
+        if bits is None:
+            bits = self._pending.setdefault(number, np.zeros(BITMAP_BLOCKS // 8, np.uint8))
+            # Made private now, so that a commit allocates nothing.
+            self._tree.private_bitmap(number)
+        return bits
 
     def settle(self) -> None:
         """Write pending frees and unused spares into the bitmaps; a commit is past return then."""
@@ -297,6 +308,35 @@ class Allocator:
             return np.zeros(BITMAP_BLOCKS, np.bool_)
         return _unpacked(bitmap[: BITMAP_BLOCKS // 8])
 
+    def slot_counts(self, number: int) -> tuple[Counts, Counts]:
+        """Return how many blocks of each slot of a group are used, and how many can be taken.
+
+        What tags take is neither, nor is what was freed and readers of earlier commits hold.
+        """
+        used = self.is_used(number).reshape(-1, self.blocks_per_slot).sum(axis=1)
+        taken = self._bits(number, self._tree.bitmap(number)).sum(axis=1, dtype=np.int64)
+        return used, self.blocks_per_slot - taken
+
+    def end_of_used(self) -> int:
+        """Return the block after the last slot in which the bitmaps mark a block as used."""
+        for number in reversed(range(self.n_bitmaps)):
+            used = np.flatnonzero(self.is_used(number))
+            if len(used):
+                return self._round_up(number * BITMAP_BLOCKS + int(used[-1]) + 1)
+        raise AssertionError("the header is in use")
+
+    def shorten(self, file_blocks: int) -> None:
+        """Let the file end earlier from the next commit on; nothing beyond may be used.
+
+        Room for the nodes above the bitmaps that go is the caller's to ensure, below the new end.
+        """
+        for number in range(-(-file_blocks // BITMAP_BLOCKS), self.n_bitmaps):
+            assert not self.is_used(number).any(), "what is used would be cut off"
+            self._tree.remove_bitmap(number)
+        self._used -= self._n_reserved(file_blocks, self.file_blocks)
+        self.file_blocks = file_blocks
+        self._forget_summary()
+
     def reserved(self, number: int) -> tuple[int, int]:
         """Return the blocks (first, stop) of a group, counted from its start, that tags take."""
         if not self._has_tags:
@@ -340,13 +380,19 @@ class Allocator:
         wanted = self._with_tags(file_blocks, n_slots + blocks_min // self.blocks_per_slot // 8)
         before = self.file_blocks
         self.file_blocks = self._grow(blocks_min, wanted)
+        self._used += self._n_reserved(before, self.file_blocks)
         for number in range(max(0, (before - 1) // BITMAP_BLOCKS), self.n_bitmaps):
-            first, stop = self.reserved(number)
-            first, stop = first + number * BITMAP_BLOCKS, stop + number * BITMAP_BLOCKS
-            self._used += max(0, min(stop, self.file_blocks) - max(first, before))
             if number in self._unknown:
                 self._unknown.remove(number)
             self._summarise(number, self._tree.bitmap(number))
+
+    def _n_reserved(self, start: int, stop: int) -> int:
+        """Return how many blocks in [start, stop) tags take."""
+        total = 0
+        for number in range(start // BITMAP_BLOCKS, -(-stop // BITMAP_BLOCKS)):
+            first, end = (number * BITMAP_BLOCKS + block for block in self.reserved(number))
+            total += max(0, min(end, stop) - max(first, start))
+        return total
 
     def _with_tags(self, file_blocks: int, n_slots: int) -> int:
         """Return how long the file must be to have `n_slots` slots after block `file_blocks`."""

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
-from tiers.budget import Budget, parse_size
+from tiers.budget import Budget
 from tiers.disk import Disk, OsDisk
 from tiers.pager import Indices
+from tiers.progress import Progress
 from tiers.space import Space
 from tiers.store import Store
 
 WAVE_PAGES = 64
-
-Progress = Callable[[int, int], None]
-"""Told how much is done, and of how much."""
 
 
 def backup(
@@ -29,7 +26,8 @@ def backup(
     """Write the last commit of a store, or a snapshot, as a new store; every page is verified.
 
     The store may be open and written meanwhile, by this process or another one. There is nothing at
-    `target` that opens before all of it is there and durable. Snapshots are not copied.
+    `target` that opens before all of it is there and durable; what a backup that failed leaves
+    there, a directory with a lock file, the next one takes over. Snapshots are not copied.
 
     Parameters
     ----------
@@ -49,7 +47,7 @@ def backup(
     Raises
     ------
     CorruptionError
-        If a page is not what was written. Nothing is left at `target`.
+        If a page is not what was written. Nothing at `target` opens.
     StoreExistsError
         If there is something at `target`.
     SnapshotError
@@ -58,7 +56,7 @@ def backup(
         If a writer was reopened meanwhile and went on without this reader.
     """
     disk = disk or OsDisk()
-    half_bytes = parse_size(Budget.of(budget).dram) // 2
+    half_bytes = Budget.of(budget).dram_bytes // 2
     n_copied = 0
     with Store.open(path, half_bytes, read_only=True, snapshot=snapshot, disk=disk) as source:
         n_pages = sum(source.n_stored_pages(space) for space in source.spaces)

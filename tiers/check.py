@@ -29,6 +29,7 @@ def check(pager: Pager, snapshots: Snapshots, root: Root) -> dict[str, int]:
     with pager.mutex:
         _check_frames(pager, spaces)
     _check_nodes(pager)
+    _check_length(pager)
     counted = _Walk(pager, spaces).run(snapshots.saved_trees())
     return counted | {"damaged_root_copies": len(root.damaged_copies)}
 
@@ -69,6 +70,14 @@ def _check_nodes(pager: Pager) -> None:
             n_children[parent.key] += 1
     counted = {key: node.n_children for key, node in nodes.items()}
     assert counted == n_children, "a cached map node's parent is not cached, or miscounts"
+
+
+def _check_length(pager: Pager) -> None:
+    n_blocks, file_blocks = pager.slots.size_blocks(), pager.allocator.file_blocks
+    if n_blocks < file_blocks:
+        raise CorruptionError(
+            f"the page file has {n_blocks} blocks, and the root says {file_blocks}"
+        )
 
 
 class _Walk:

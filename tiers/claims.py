@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -63,6 +65,10 @@ class Claims:
     ----------
     n_writes : int
         Write claims granted so far.
+    stall_ns : int
+        Time that claims waited for pages that were not there.
+    n_waiting, n_waiting_max : int
+        Claims that wait for their pages now, and most of them at once.
     """
 
     def __init__(self, pager: Pager, condition: Condition, io: threading.RLock) -> None:
@@ -70,7 +76,9 @@ class Claims:
         self._condition = condition
         self.io = io
         self._held = _Held()
-        self._n_demands_waiting = 0
+        self.n_waiting = 0
+        self.n_waiting_max = 0
+        self.stall_ns = 0
         self.n_writes = 0
 
     def require_no_reading(self) -> None:
@@ -111,8 +119,10 @@ class Claims:
             raise NestedClaimError(
                 "a thread that holds a claim or an epoch cannot bring in another one's pages"
             )
+        began_ns = time.perf_counter_ns()
         with pager.mutex:
-            self._n_demands_waiting += 1
+            self.n_waiting += 1
+            self.n_waiting_max = max(self.n_waiting_max, self.n_waiting)
         try:
             with self.io, self._condition.guarding("a claim"):
                 self._condition.require_usable()
@@ -122,7 +132,8 @@ class Claims:
                     return self._grant(frames_of, reserve is not None, on_release)
         finally:
             with pager.mutex:
-                self._n_demands_waiting -= 1
+                self.n_waiting -= 1
+                self.stall_ns += time.perf_counter_ns() - began_ns
                 pager.released.notify_all()
 
     @contextmanager
@@ -146,11 +157,12 @@ class Claims:
                 frames = space.table.lookup(pages)
                 self._pager.count_hits(frames[frames >= 0])
 
-    def wait_for_demands(self) -> None:
-        """Let every claim that waits for its pages go first."""
+    def wait_for_demands(self, most_s: float = math.inf) -> None:
+        """Let every claim that waits for its pages go first, for so long at most."""
+        until_s = time.monotonic() + most_s
         with self._pager.mutex:
-            while self._n_demands_waiting and not self._condition.closed:
-                self._pager.released.wait(0.05)
+            while self.n_waiting and not self._condition.closed and time.monotonic() < until_s:
+                self._pager.released.wait(min(0.05, most_s))
 
     def fetch(self, space: Space, pages: Indices) -> int:
         """Bring pages in wave by wave; see `Store.fetch`."""
@@ -189,7 +201,9 @@ class Claims:
         for frames in frames_of:
             self._pager.frames.pins[frames] += 1
             if write:
-                self._pager.frames.dirty[frames] = True
+                dirty = self._pager.frames.dirty
+                self._pager.counts["dirtied"] += len(frames) - int(dirty[frames].sum())
+                dirty[frames] = True
         self._held.claims_and_epochs += 1
         self._held.write_claims += write
         self.n_writes += write

@@ -297,7 +297,8 @@ class StoreFiles:
             if root.has_tags:
                 abandoned = merge_ranges([*root.abandoned, (self.root.next_version, last)])
                 if len(abandoned) > ABANDONED_MAX // 2:
-                    Tags(self.slots, root.store_id).clear(abandoned, root.file_blocks)
+                    # To the end of the file, which may be longer and grow over these tags again.
+                    Tags(self.slots, root.store_id).clear(abandoned, self.slots.size_blocks())
                     self.slots.sync()
                     abandoned = ()
                 root = replace(root, abandoned=abandoned)

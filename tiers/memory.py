@@ -1,19 +1,20 @@
-"""Memory: how the DRAM budget of a store is divided.
+"""Memory: how the DRAM budget of a store is divided, and divided anew.
 
 Fixed parts first (cached map nodes, a scratch page, a cache of slot tags), then the dense page
 tables of small spaces, then frames and the page table of all other spaces, which grows by them.
+Frames of CXL memory take only their bookkeeping from it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tiers.allocator import BLOCK_BYTES
-from tiers.budget import Account
+from tiers.budget import Account, Budget
 from tiers.errors import BudgetError, SpaceError
-from tiers.frames import BYTES_PER_FRAME_RECORD
+from tiers.frames import BYTES_PER_FRAME_RECORD, POLICY_BYTES_PER_FRAME
 from tiers.page_map import NODES_MIN
 from tiers.page_table import DensePageTable, HashedPageTable
 from tiers.space import Space, SpaceSpec
@@ -24,17 +25,25 @@ FRAMES_MIN = 8
 """What the corners of one point of one level can need."""
 
 
-def budget_min(page_bytes: int, spaces: Sequence[Space] = (), *, dense: bool = False) -> int:
+def budget_min(
+    page_bytes: int,
+    spaces: Sequence[Space] = (),
+    *,
+    dense: bool = False,
+    cxl_bytes: int = 0,
+) -> int:
     """Return the least DRAM budget, in bytes, of a store with these spaces.
 
-    With `dense`, every one of them has a `Space.page_table`.
+    With `dense`, every one of them has a `Space.page_table`. Frames of CXL memory, `cxl_bytes` of
+    them, have their bookkeeping in DRAM.
     """
+    n_cxl = cxl_bytes // page_bytes
     nodes = NODES_MIN * BLOCK_BYTES + Tags.size_bytes
-    frames = FRAMES_MIN * (page_bytes + BYTES_PER_FRAME_RECORD)
+    frames = FRAMES_MIN * (page_bytes + BYTES_PER_FRAME_RECORD) + n_cxl * BYTES_PER_FRAME_RECORD
     least = nodes + page_bytes + frames
     if dense:
         least = max([least, *(DensePageTable.budget_min(space.n_pages) for space in spaces)])
-    tables = HashedPageTable.bytes_for(FRAMES_MIN) + sum(
+    tables = HashedPageTable.bytes_for(FRAMES_MIN + n_cxl) + sum(
         DensePageTable.bytes_for(space.n_pages)
         for space in spaces
         if DensePageTable.is_small(space.n_pages, least)
@@ -78,8 +87,8 @@ class Memory:
     account : Account
     n_nodes : int
         Map nodes that may be cached.
-    n_frames : int
-        Frames; 0 before `divide`.
+    n_dram, n_cxl : int
+        Frames of each tier; 0 before `divide`.
     hashed_table : HashedPageTable
         Of every space without a dense page table.
 
@@ -102,7 +111,8 @@ class Memory:
         self.account.charge("scratch page", page_bytes)
         if has_tags:
             self.account.charge("slot tags", Tags.size_bytes)
-        self.n_frames = 0
+        self.n_dram = 0
+        self.n_cxl = 0
         self.hashed_table = HashedPageTable(0)
 
     @contextmanager
@@ -116,7 +126,7 @@ class Memory:
                 f"{refused}"
             ) from refused
 
-    def divide(self, spaces: Sequence[Space]) -> int:
+    def divide(self, spaces: Sequence[Space], cxl_bytes: int = 0) -> None:
         """Take the rest of the budget for frames, but for a 64th: page tables of later spaces.
 
         Spaces become dense first, in their order, as long as `FRAMES_MIN` frames fit beside them.
@@ -124,39 +134,105 @@ class Memory:
         What later spaces took of it must not keep the store from opening with the same budget, so
         it is held back only as far as `FRAMES_MIN` frames are left.
 
-        Returns
-        -------
-        int
-            How many frames.
-
         Raises
         ------
         BudgetError
             If the rest holds less than `FRAMES_MIN` frames.
         """
-        per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
-        least_bytes = FRAMES_MIN * per_frame + HashedPageTable.bytes_for(FRAMES_MIN)
+        n_cxl = self._cxl_frames(cxl_bytes)
+        least_bytes = self._frame_bytes(FRAMES_MIN, n_cxl)
+        least_bytes += HashedPageTable.bytes_for(FRAMES_MIN + n_cxl)
         for space in spaces:
             self._make_dense(space, self.account.left_bytes - least_bytes)
-        least = min(FRAMES_MIN, self._n_frames_within(self.account.left_bytes))
-        held_back = self.account.limit_bytes // 64
-        n_frames = max(least, self._n_frames_within(self.account.left_bytes - held_back))
-        if n_frames < FRAMES_MIN:
+        limit_bytes = self.account.limit_bytes
+        least_bytes = budget_min(self.page_bytes, spaces, cxl_bytes=cxl_bytes)
+        n_dram = self._n_dram(limit_bytes, self.account.left_bytes, n_cxl, least_bytes)
+        self.account.charge("page tables", HashedPageTable.bytes_for(n_dram + n_cxl))
+        self.account.charge("frames", self._frame_bytes(n_dram, n_cxl))
+        self.hashed_table.resize(n_dram + n_cxl)
+        self.n_dram, self.n_cxl = n_dram, n_cxl
+
+    def division(self, budget: Budget) -> tuple[int, int]:
+        """Return how many frames of DRAM and of CXL there would be with another budget.
+
+        Map nodes and dense page tables stay as they are.
+
+        Raises
+        ------
+        BudgetError
+            If it is too small for the least, or for what the change itself takes for a moment.
+        """
+        n_cxl = self._cxl_frames(0 if budget.link is None else budget.link.size_bytes)
+        in_frames = self._frame_bytes(self.n_dram, self.n_cxl)
+        beside = self.account.used_bytes - in_frames
+        fixed_bytes = beside - self.hashed_table.size_bytes
+        least_bytes = fixed_bytes + self._frame_bytes(FRAMES_MIN, n_cxl)
+        least_bytes += HashedPageTable.bytes_for(FRAMES_MIN + n_cxl)
+        left_bytes = budget.dram_bytes - fixed_bytes
+        n_dram = self._n_dram(budget.dram_bytes, left_bytes, n_cxl, least_bytes)
+        most_bytes = max(budget.dram_bytes, self.account.limit_bytes)
+        kept = self._frame_bytes(min(n_dram, self.n_dram), min(n_cxl, self.n_cxl))
+        moment_bytes = self._moment_bytes(n_dram, n_cxl)
+        if (n_dram, n_cxl) != (self.n_dram, self.n_cxl) and (
+            beside + kept + moment_bytes > most_bytes
+        ):
             raise BudgetError(
-                f"a DRAM budget of {self.account.limit_bytes} bytes holds {max(0, n_frames)} pages "
-                f"of {self.page_bytes} bytes; the least is "
-                f"{budget_min(self.page_bytes, spaces)} bytes"
+                f"a change to a DRAM budget of {budget.dram_bytes} bytes takes {moment_bytes} "
+                f"bytes for a moment, and {most_bytes - beside - kept} are left; change it by more"
             )
-        self.account.charge("page tables", HashedPageTable.bytes_for(n_frames))
-        self.account.charge("frames", n_frames * per_frame)
-        self.hashed_table.resize(n_frames)
-        self.n_frames = n_frames
-        return n_frames
+        return n_dram, n_cxl
+
+    def change(self, limit_bytes: int, n_dram: int, n_cxl: int, change: Callable[[], None]) -> None:
+        """Let `change` make so many frames, if they are others, and account for them."""
+        account = self.account
+        if (n_dram, n_cxl) == (self.n_dram, self.n_cxl):
+            account.limit_bytes = limit_bytes
+            return
+        account.limit_bytes = max(limit_bytes, account.limit_bytes)
+        before = self._frame_bytes(self.n_dram, self.n_cxl)
+        kept = self._frame_bytes(min(n_dram, self.n_dram), min(n_cxl, self.n_cxl))
+        table_bytes = self.hashed_table.size_bytes
+        moment_bytes = self._moment_bytes(n_dram, n_cxl)
+        account.charge("frames", kept - before)
+        account.charge("page tables", moment_bytes)
+        change()
+        self.hashed_table.resize(n_dram + n_cxl)
+        account.charge("page tables", self.hashed_table.size_bytes - table_bytes - moment_bytes)
+        account.charge("frames", self._frame_bytes(n_dram, n_cxl) - kept)
+        account.limit_bytes = limit_bytes
+        self.n_dram, self.n_cxl = n_dram, n_cxl
+
+    def _cxl_frames(self, cxl_bytes: int) -> int:
+        if 0 < cxl_bytes < self.page_bytes:
+            raise BudgetError(
+                f"a CXL budget of {cxl_bytes} bytes holds no page of {self.page_bytes} bytes"
+            )
+        return cxl_bytes // self.page_bytes
+
+    def _frame_bytes(self, n_dram: int, n_cxl: int) -> int:
+        """Return what so many frames take of the DRAM budget, but for their page table."""
+        return n_dram * self.page_bytes + (n_dram + n_cxl) * BYTES_PER_FRAME_RECORD
+
+    def _moment_bytes(self, n_dram: int, n_cxl: int) -> int:
+        """Return what making so many frames of others takes beside both: new page table, policy."""
+        n_frames = n_dram + n_cxl
+        return HashedPageTable.bytes_for(n_frames) + n_frames * POLICY_BYTES_PER_FRAME
+
+    def _n_dram(self, limit_bytes: int, left_bytes: int, n_cxl: int, least_bytes: int) -> int:
+        """Return how many frames of DRAM `left_bytes` of a budget give, `FRAMES_MIN` or more."""
+        least = min(FRAMES_MIN, self._n_dram_within(left_bytes, n_cxl))
+        n_dram = max(least, self._n_dram_within(left_bytes - limit_bytes // 64, n_cxl))
+        if n_dram < FRAMES_MIN:
+            raise BudgetError(
+                f"a DRAM budget of {limit_bytes} bytes holds {n_dram} pages of "
+                f"{self.page_bytes} bytes; the least is {least_bytes} bytes"
+            )
+        return n_dram
 
     def give_table(self, space: Space) -> None:
         """Give a space its page table: a dense one if that is small and fits into the budget."""
         space.table = self.hashed_table.of(space.number)
-        if self.n_frames:
+        if self.n_dram:
             self._make_dense(space, self.account.left_bytes)
 
     def take_table(self, space: Space) -> None:
@@ -171,12 +247,11 @@ class Memory:
             self.account.charge("page tables", size_bytes)
             space.table = DensePageTable(space.n_pages)
 
-    def _n_frames_within(self, size_bytes: int) -> int:
-        """Return how many frames `size_bytes` hold, with the hashed page table for so many."""
-        per_frame = self.page_bytes + BYTES_PER_FRAME_RECORD
+    def _n_dram_within(self, size_bytes: int, n_cxl: int) -> int:
+        """Return how many frames `size_bytes` hold, with the hashed page table for all frames."""
 
-        def needed(n_frames: int) -> int:
-            return n_frames * per_frame + HashedPageTable.bytes_for(n_frames)
+        def needed(n_dram: int) -> int:
+            return self._frame_bytes(n_dram, n_cxl) + HashedPageTable.bytes_for(n_dram + n_cxl)
 
-        most = max(0, size_bytes) // per_frame
+        most = max(0, size_bytes) // (self.page_bytes + BYTES_PER_FRAME_RECORD)
         return bisect_right(range(1, most + 1), size_bytes, key=needed)

@@ -203,6 +203,11 @@ class PageMap:
     def bitmap(self, number: int) -> Bitmap | None:
         return self.read_object(ALLOCATION, number)
 
+    def cached(self, tree: int, level: int, index: int) -> Node | None:
+        """Return a node or object if it is in the cache and as its block should be."""
+        node = self._nodes.get((tree, level, index))
+        return None if node is None or node.dirty else node
+
     # Changing
 
     def private_object(self, tree: int, index: int) -> Bitmap:
@@ -213,6 +218,15 @@ class PageMap:
 
     def private_bitmap(self, number: int) -> Bitmap:
         return self.private_object(ALLOCATION, number)
+
+    def remove_bitmap(self, number: int) -> None:
+        self.remove_object(ALLOCATION, number)
+
+    def make_private(self, tree: int, level: int, index: int) -> None:
+        """Give a node or object that exists, and its ancestors, blocks of this transaction."""
+        with self._changing():
+            assert self._get(tree, level, index) is not None
+            self._make_private(tree, level, index)
 
     def set_entries(self, tree: int, indices: Indices, entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""

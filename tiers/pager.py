@@ -8,6 +8,7 @@ store's locks their caller holds: the *I/O lock* for whatever touches map, alloc
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +18,9 @@ from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.budget import Budget
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, aligned_buffer
-from tiers.errors import CorruptionError, PageIndexError, SpaceError
-from tiers.frames import Frames
+from tiers.errors import ClaimTooLargeError, CorruptionError, PageIndexError, SpaceError
+from tiers.frames import Frames, Tier
+from tiers.latency import Latencies
 from tiers.memory import Memory
 from tiers.page_map import (
     ABSENT_WORD,
@@ -32,7 +34,8 @@ from tiers.page_map import (
     unpack_entry,
     versions_of,
 )
-from tiers.policies import Policy, policy_class
+from tiers.placement import Placement
+from tiers.policies import policy_class
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
@@ -44,6 +47,12 @@ Request = tuple[Space, Indices]
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
 WRITE_ATTEMPTS = 3
+COUNTS = (
+    *("hits", "misses", "prefetched", "prefetch_used", "dirtied"),
+    *("evictions", "cxl_evictions", "write_backs", "written_ahead", "demoted"),
+    "promoted",
+)
+"""What a pager counts, in pages."""
 
 
 class Pager:
@@ -61,13 +70,16 @@ class Pager:
     Attributes
     ----------
     frames : Frames
-        Made by `make_frames`.
+    placement : Placement
+        Both made by `make_frames`.
     memory : Memory
     spaces : dict of int to Space
+    latencies : Latencies
+        Of the reads of each demand.
     """
 
     frames: Frames
-    policy: Policy
+    placement: Placement
 
     def __init__(self, root: Root, slots: SlotFile, budget: Budget, policy: str) -> None:
         self.store_id = root.store_id
@@ -76,8 +88,9 @@ class Pager:
         self.mutex = threading.Lock()
         self.released = threading.Condition(self.mutex)
         self.spaces: dict[int, Space] = {}
-        names = ("hits", "misses", "evictions", "write_backs", "prefetched", "prefetch_used")
-        self.counts = dict.fromkeys(names, 0)
+        self.counts = dict.fromkeys(COUNTS, 0)
+        self.latencies = Latencies()
+        self._link = budget.link
         self._policy_class = policy_class(policy)
         self.memory = Memory(budget.dram_bytes, root.page_bytes, has_tags=root.has_tags)
         self.scratch = aligned_buffer(1, self.page_bytes)[0]
@@ -103,10 +116,11 @@ class Pager:
 
     def make_frames(self) -> None:
         """Take what is left of the budget for frames; see `Memory.divide`."""
-        n_frames = self.memory.divide(list(self.spaces.values()))
+        link = self._link
+        self.memory.divide(list(self.spaces.values()), link.size_bytes if link else 0)
         with self.memory.asking_the_system():
-            self.frames = Frames(n_frames, self.page_bytes)
-        self.policy = self._policy_class(n_frames)
+            self.frames = Frames(self.memory.n_dram, self.page_bytes, self.memory.n_cxl)
+        self.placement = Placement(self.frames, self._policy_class, link)
 
     def begin(self, root: Root, version: int) -> None:
         """Start the transaction after `root`; what is newer than it is forgotten."""
@@ -212,7 +226,7 @@ class Pager:
             raise
         with self.mutex:
             self.frames.map(space, pages, frames)
-            self.policy.insert(frames, self.frames.keys(frames))
+            self.placement.insert(frames)
             self.frames.prefetched[frames] = True
             self.counts["prefetched"] += len(pages)
         return len(pages)
@@ -241,10 +255,19 @@ class Pager:
         self.counts["hits"] += len(frames)
         self.counts["prefetch_used"] += int(self.frames.prefetched[frames].sum())
         self.frames.prefetched[frames] = False
-        self.policy.access(frames)
+        self.placement.access(frames)
 
     def fault(self, requests: list[Request]) -> list[Indices]:
-        """Bring in what is absent and pin all of it; return the frames. I/O lock held."""
+        """Bring in what is absent and pin all of it; return the frames. I/O lock held.
+
+        Raises
+        ------
+        ClaimTooLargeError
+            If the frames became too few since the claim was asked for.
+        """
+        n_wanted = sum(len(pages) for _, pages in requests)
+        if n_wanted > self.frames.n_dram:
+            raise ClaimTooLargeError(n_wanted, self.frames.n_dram)
         pinned: list[Indices] = []
         missing: list[Request] = []
         taken = np.empty(0, np.int64)
@@ -258,10 +281,13 @@ class Pager:
                     missing.append((space, pages[frames < 0]))
                     self.count_hits(present)
             taken = self.obtain(sum(len(pages) for _, pages in missing), wait=True)
+            began_ns, bytes_before = time.perf_counter_ns(), self.slots.bytes_read
             start = 0
             for space, pages in missing:
                 self.load(space, pages, taken[start : start + len(pages)])
                 start += len(pages)
+            if self.slots.bytes_read > bytes_before:
+                self.latencies.add(time.perf_counter_ns() - began_ns)
         except BaseException:
             with self.mutex:
                 self.frames.return_free(taken)
@@ -275,43 +301,105 @@ class Pager:
                 start += len(absent)
                 self.frames.map(space, absent, frames)
                 self.frames.pins[frames] += 1
-                self.policy.insert(frames, self.frames.keys(frames))
+                self.placement.insert(frames)
                 self.counts["misses"] += len(absent)
                 frames_of.append(space.table.lookup(pages))
             return frames_of
 
-    def obtain(self, count: int, *, wait: bool) -> Indices:
-        """Return frames for `count` pages, evicting; fewer if not `wait`. I/O lock held."""
+    def obtain(self, count: int, *, wait: bool, tier: Tier = Tier.DRAM) -> Indices:
+        """Return frames of a tier for `count` pages; fewer if not `wait`. I/O lock held.
+
+        What is in them goes: from DRAM to CXL memory as far as there is room to be had, else out of
+        memory.
+        """
         taken = np.empty(0, np.int64)
         try:
             while True:
                 with self.mutex:
                     self.frames.reclaim()
-                    taken = np.concatenate([taken, self.frames.take_free(count - len(taken))])
+                    taken = np.concatenate([taken, self.frames.take_free(count - len(taken), tier)])
                     needed = count - len(taken)
                     if needed == 0:
                         return taken
-                    victims = self.policy.victims(
-                        max(0, needed - self.frames.n_limbo), self.frames.evictable()
-                    )
-                    dirty = victims[self.frames.dirty[victims]][:WAVE_PAGES]
-                    clean = victims[~self.frames.dirty[victims]]
-                    self.evict(clean)
-                    self.frames.writing[dirty] = True
+                    needed = max(0, needed - self.frames.n_limbo_of(tier))
+                    victims = self.placement.victims(needed, tier)
                     if len(victims) == 0:
                         if not wait:
                             return taken
                         self.released.wait(0.1)
                         continue
-                if len(dirty):
-                    self.write_back(dirty)
+                    victims = self.begin_to_give_up(victims, tier)
+                self.give_up(victims, tier)
         except BaseException:
             with self.mutex:
                 self.frames.return_free(taken)
             raise
 
+    def begin_to_give_up(self, victims: Indices, tier: Tier) -> Indices:
+        """Evict what needs no more than that, and mark a wave of the rest. Mutex held."""
+        if tier == Tier.CXL or self.frames.n_cxl == 0:
+            is_dirty = self.frames.dirty[victims]
+            self.evict(victims[~is_dirty])
+            victims = victims[is_dirty]
+        victims = victims[:WAVE_PAGES]
+        self.frames.writing[victims] = True
+        return victims
+
+    def give_up(self, victims: Indices, tier: Tier) -> None:
+        """Demote, or write and evict, what `begin_to_give_up` marked. I/O lock held."""
+        if tier == Tier.CXL or self.frames.n_cxl == 0:
+            if len(victims):
+                self.write_back(victims)
+            return
+        try:
+            targets = self.obtain(len(victims), wait=False, tier=Tier.CXL)
+            n_moved = self.move(victims[: len(targets)], targets)
+            rest = victims[len(targets) :]
+            dirty = rest[self.frames.dirty[rest]]
+            clean = rest[~self.frames.dirty[rest]]
+            with self.mutex:
+                self.counts["demoted"] += n_moved
+                self.frames.writing[clean] = False
+                self.evict(clean[self.frames.pins[clean] == 0])
+            if len(dirty):
+                self.write_back(dirty)
+        finally:
+            with self.mutex:
+                self.frames.writing[victims] = False
+                self.released.notify_all()
+
+    def move(self, sources: Indices, targets: Indices) -> int:
+        """Move pages to frames that were taken for them; return how many went. I/O lock held.
+
+        The sources are marked as `writing`: they can be read meanwhile. What was claimed by then
+        stays where it is.
+        """
+        try:
+            for source, target in zip(sources, targets, strict=True):
+                self.frames.arena[target] = self.frames.arena[source]
+        except BaseException:
+            with self.mutex:
+                self.frames.return_free(targets)
+            raise
+        with self.mutex:
+            self.frames.writing[sources] = False
+            is_held = self.frames.pins[sources] > 0
+            self.frames.return_free(targets[is_held])
+            sources, targets = sources[~is_held], targets[~is_held]
+            self.placement.remove(sources)
+            self.frames.move(self.spaces, sources, targets)
+            self.placement.insert(targets)
+            self.released.notify_all()
+        return len(sources)
+
     def write_back(self, frames: Indices) -> None:
         """Write dirty victims, then evict those that nobody claimed meanwhile. I/O lock held."""
+        self.write_ahead(frames)
+        with self.mutex:
+            self.evict(frames[(self.frames.pins[frames] == 0) & ~self.frames.dirty[frames]])
+
+    def write_ahead(self, frames: Indices) -> None:
+        """Write dirty frames, marked as `writing`, and leave them where they are. I/O lock held."""
         try:
             self.write_pages(frames)
         finally:
@@ -320,14 +408,14 @@ class Pager:
                 self.released.notify_all()
         with self.mutex:
             self.counts["write_backs"] += len(frames)
-            self.evict(frames[(self.frames.pins[frames] == 0) & ~self.frames.dirty[frames]])
 
     def evict(self, frames: Indices, *, count: bool = True) -> None:
         """Unmap frames. Mutex held."""
-        self.policy.remove(frames)
+        self.placement.remove(frames)
         self.frames.unmap(self.spaces, frames)
         if count:
             self.counts["evictions"] += len(frames)
+            self.counts["cxl_evictions"] += int((frames >= self.frames.n_dram).sum())
 
     def load(self, space: Space, pages: Indices, frames: Indices) -> None:
         """Fill frames with pages, read and verified, or with their initial value. I/O lock held."""
@@ -399,6 +487,7 @@ class Pager:
                 self.frames.private[frames[fresh]] = True
                 self.frames.dirty[frames[fresh]] = True
                 self.frames.block[frames[fresh]] = blocks
+                self.counts["dirtied"] += int(fresh.sum())
 
     def free_pages(self, entries: Words) -> None:
         """Give back the slots that entries name. I/O lock held, room for the bitmaps ensured."""

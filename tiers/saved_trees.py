@@ -1,6 +1,6 @@
 """Saved trees: the trees of a committed state, read node by node past the page map's cache.
 
-For what looks at more than one state: dropping a snapshot, rolling back, checking.
+For what looks at more than one state: dropping a snapshot, rolling back, checking, scrubbing.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from tiers.allocator import BLOCK_BYTES
 from tiers.catalogue import Catalogue, Snapshot
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, aligned_buffer
-from tiers.errors import CorruptionError, SnapshotError
+from tiers.errors import CorruptionError, SnapshotError, StoreIOError
 from tiers.page_map import (
     ABSENT_WORD,
+    ALLOCATION,
     CATALOGUE,
     FANOUT,
     FANOUT_BITS,
@@ -29,10 +30,13 @@ from tiers.page_map import (
     depth_of,
     unpack_entry,
 )
-from tiers.root import Root
+from tiers.root import Root, TreeTop
 from tiers.slots import SlotFile
 
 NODES_CACHED = 24
+UNKNOWN_BLOCK = -1
+DAMAGE = (CorruptionError, StoreIOError)
+"""What reading a damaged block raises."""
 
 
 class Trees(Protocol):
@@ -64,8 +68,15 @@ class Placed:
         return self.level == 0 and self.tree >= FIRST_SPACE
 
 
+OnDamage = Callable[[Placed, CorruptionError | StoreIOError], bool]
+"""Told of a node that cannot be read, its block `UNKNOWN_BLOCK` if what names it cannot be either.
+
+Returns whether it can be read now; what is under it is passed over otherwise.
+"""
+
+
 class SavedTrees:
-    """The trees SPACES, CATALOGUE and those of all spaces, of a snapshot.
+    """The trees of a snapshot: SPACES, CATALOGUE, and those of all spaces.
 
     Parameters
     ----------
@@ -74,6 +85,10 @@ class SavedTrees:
     read_blocks : callable
         ``(blocks, buffers)``.
     snapshot : Snapshot
+    allocation : TreeTop, optional
+        The tree ALLOCATION, which belongs to the newest state alone.
+    catalogue : Catalogue, optional
+        Believed instead of the one in the tree, where that is damaged.
 
     Attributes
     ----------
@@ -93,15 +108,21 @@ class SavedTrees:
         page_bytes: int,
         read_blocks: Callable[[Sequence[int], Sequence[Bytes]], None],
         snapshot: Snapshot,
+        *,
+        allocation: TreeTop | None = None,
+        catalogue: Catalogue | None = None,
     ) -> None:
         self.snapshot = snapshot
         self._store_id = store_id
         self._read_blocks = read_blocks
         self._buffer = aligned_buffer(1, BLOCK_BYTES)[0]
         self._tops = {SPACES: snapshot.spaces, CATALOGUE: snapshot.catalogue}
-        self._depths = {SPACES: snapshot.spaces.depth, CATALOGUE: snapshot.catalogue.depth}
+        if allocation is not None:
+            self._tops[ALLOCATION] = allocation
+        self._depths = {tree: top.depth for tree, top in self._tops.items()}
         self._cache: OrderedDict[tuple[int, int, int], Words | None] = OrderedDict()
-        self.catalogue = self._read_catalogue(snapshot.catalogue_bytes)
+        self._adopted: dict[tuple[int, int, int], Words] = {}
+        self.catalogue = catalogue or self._read_catalogue(snapshot.catalogue_bytes)
         for number, spec in self.catalogue.spaces.items():
             n_pages = -(-spec.n_rows // (page_bytes // spec.row_bytes))
             self._depths[FIRST_SPACE + number] = depth_of(n_pages)
@@ -114,8 +135,14 @@ class SavedTrees:
             return self._tops[tree].word0, self._tops[tree].word1
         return self._entry(SPACES, 0, tree - FIRST_SPACE)
 
+    def adopt(self, placed: Placed, words: Words) -> None:
+        """Believe these entries of a node instead of the block that is damaged."""
+        self._adopted[placed.tree, placed.level, placed.index] = words
+
     def words(self, tree: int, level: int, index: int) -> Words | None:
         key = (tree, level, index)
+        if key in self._adopted:
+            return self._adopted[key]
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
@@ -200,7 +227,13 @@ class LiveTrees:
         return self._map.words(tree, level, index)
 
 
-def only_in(trees: Trees, tree: int, other: Trees | None, newer_than: int) -> Iterator[Placed]:
+def only_in(
+    trees: Trees,
+    tree: int,
+    other: Trees | None,
+    newer_than: int,
+    on_damage: OnDamage | None = None,
+) -> Iterator[Placed]:
     """Yield what one tree of a state refers to, and the same tree of another state does not.
 
     A block belongs to one place of one tree for life, so states that share it name it there. What
@@ -210,65 +243,103 @@ def only_in(trees: Trees, tree: int, other: Trees | None, newer_than: int) -> It
     ----------
     trees : Trees
     tree : int
-        SPACES, CATALOGUE or a space's; of SPACES its nodes only, not the trees of the spaces.
+        Of SPACES its nodes only, not the trees of the spaces.
     other : Trees or None
+        What of it cannot be read is taken for not shared, if there is `on_damage`.
     newer_than : int
         Pass over what this version or an earlier one wrote.
+    on_damage : OnDamage, optional
+        Go on after damage of `trees`.
+
+    Raises
+    ------
+    CorruptionError, StoreIOError
+        If a node cannot be read and there is no `on_damage`.
     """
     depth = trees.depth(tree)
     assert depth is not None
+    try:
+        word0, word1 = trees.top(tree)
+    except DAMAGE as damage:
+        if on_damage is None:
+            raise
+        on_damage(Placed(tree, depth, 0, UNKNOWN_BLOCK, 0, 0), damage)
+        return
     if other is not None and other.depth(tree) is None:
         other = None
-    word0, word1 = trees.top(tree)
-    yield from _only_below(trees, tree, depth, 0, (word0, word1), other, newer_than)
+    walk = _Difference(trees, tree, other, newer_than, on_damage)
+    yield from walk.below(depth, 0, (word0, word1))
 
 
-def _only_below(
-    trees: Trees,
-    tree: int,
-    level: int,
-    index: int,
-    entry: tuple[int, int],
-    other: Trees | None,
-    newer_than: int,
-) -> Iterator[Placed]:
-    if entry[0] == ABSENT_WORD:
-        return
-    block, version, crc = unpack_entry(*entry)
-    if version <= newer_than:
-        return
-    yield Placed(tree, level, index, block, version, crc)
-    if level == 0 or (tree == SPACES and level == 1):
-        # Below the last level of SPACES are the top nodes of other trees.
-        return
-    words = trees.words(tree, level, index)
-    assert words is not None
-    mine = words.copy()
-    there = _words_of(other, tree, level, index)
-    differs = mine[:, 0] != ABSENT_WORD
-    if there is not None:
-        differs &= (mine[:, 0] != there[:, 0]) | (mine[:, 1] != there[:, 1])
-    for place in np.flatnonzero(differs).tolist():
-        child = (int(mine[place, 0]), int(mine[place, 1]))
-        yield from _only_below(
-            trees, tree, level - 1, (index << FANOUT_BITS) + place, child, other, newer_than
-        )
+@dataclass(frozen=True)
+class _Difference:
+    """The walk of `only_in`."""
 
+    trees: Trees
+    tree: int
+    other: Trees | None
+    newer_than: int
+    on_damage: OnDamage | None
 
-def _words_of(other: Trees | None, tree: int, level: int, index: int) -> Words | None:
-    if other is None:
-        return None
-    depth = other.depth(tree)
-    if depth is None or level > depth:
-        return None
-    words = other.words(tree, level, index)
-    return None if words is None else words.copy()
+    def below(self, level: int, index: int, entry: tuple[int, int]) -> Iterator[Placed]:
+        if entry[0] == ABSENT_WORD:
+            return
+        block, version, crc = unpack_entry(*entry)
+        if version <= self.newer_than:
+            return
+        placed = Placed(self.tree, level, index, block, version, crc)
+        yield placed
+        if level == 0 or (self.tree == SPACES and level == 1):
+            # Below the last level of SPACES are the top nodes of other trees.
+            return
+        mine = self._words(placed)
+        if mine is None:
+            return
+        there = self._other_words(level, index)
+        differs = mine[:, 0] != ABSENT_WORD
+        if there is not None:
+            differs &= (mine[:, 0] != there[:, 0]) | (mine[:, 1] != there[:, 1])
+        for place in np.flatnonzero(differs).tolist():
+            child = (int(mine[place, 0]), int(mine[place, 1]))
+            yield from self.below(level - 1, (index << FANOUT_BITS) + place, child)
+
+    def _words(self, placed: Placed) -> Words | None:
+        """Return a copy of the entries of a node, None if it cannot be read."""
+        while True:
+            try:
+                words = self.trees.words(placed.tree, placed.level, placed.index)
+            except DAMAGE as damage:
+                if self.on_damage is None:
+                    raise
+                if not self.on_damage(placed, damage):
+                    return None
+            else:
+                assert words is not None
+                return words.copy()
+
+    def _other_words(self, level: int, index: int) -> Words | None:
+        if self.other is None:
+            return None
+        depth = self.other.depth(self.tree)
+        if depth is None or level > depth:
+            return None
+        try:
+            words = self.other.words(self.tree, level, index)
+        except DAMAGE:
+            if self.on_damage is None:
+                raise
+            return None
+        return None if words is None else words.copy()
 
 
 def all_only_in(
-    trees: Trees, spaces: list[int], other: Trees | None, newer_than: int
+    trees: Trees,
+    spaces: list[int],
+    other: Trees | None,
+    newer_than: int,
+    on_damage: OnDamage | None = None,
 ) -> Iterator[Placed]:
-    """Yield what a whole state refers to and another one does not; see `only_in`.
+    """Yield what a whole state refers to and another one does not, bitmaps apart; see `only_in`.
 
     Parameters
     ----------
@@ -277,11 +348,16 @@ def all_only_in(
         Numbers of its spaces.
     other : Trees or None
     newer_than : int
+    on_damage : OnDamage, optional
     """
     for tree in (SPACES, CATALOGUE, *(FIRST_SPACE + number for number in spaces)):
-        if _is_shared(trees, tree, other):
-            continue
-        yield from only_in(trees, tree, other, newer_than)
+        try:
+            if _is_shared(trees, tree, other):
+                continue
+        except DAMAGE:
+            if on_damage is None:
+                raise
+        yield from only_in(trees, tree, other, newer_than, on_damage)
 
 
 def _is_shared(trees: Trees, tree: int, other: Trees | None) -> bool:

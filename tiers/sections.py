@@ -58,7 +58,7 @@ class Sections:
 
     @contextmanager
     def writing(self, *, whole: bool = True) -> Iterator[None]:
-        """Keep other writers, commits and aborts out; even of a broken transaction if not `whole`."""
+        """Keep other writers, commits and aborts out; if not `whole`, of a broken one too."""
         self.refuse_reader()
         with self.writer:
             self._condition.require_writable()

@@ -10,13 +10,10 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from tiers.budget import Budget
 from tiers.claims import Claim, Claims
 from tiers.condition import Condition
-from tiers.disk import Bytes, Disk, OsDisk
+from tiers.disk import Disk, OsDisk
 from tiers.errors import (
     ClaimTooLargeError,
     CorruptionError,
@@ -26,17 +23,19 @@ from tiers.errors import (
 from tiers.files import StoreFiles
 from tiers.memory import require_room
 from tiers.pager import Indices, Pager, Request
+from tiers.residence import Residence
 from tiers.sections import Sections
 from tiers.snapshots import Snapshots
 from tiers.space import Constant, Initial, Space, SpaceSpec
-from tiers.stats import collect
 from tiers.transaction import Transaction
+from tiers.upkeep import Upkeep
+from tiers.watermarks import Migration
 
 PAGE_BYTES_DEFAULT = 65536
 POLICY_DEFAULT = "s3fifo"
 
 
-class Store:
+class Store(Residence, Upkeep):
     """A page store; made with `Store.create` or `Store.open`, ended with `close` or ``with``.
 
     After `commit` returns, everything written before it survives a process kill and, where the
@@ -49,6 +48,8 @@ class Store:
     budget : Budget
     snapshots : Snapshots
         Commits that were given names: ``store.snapshots.take("before")``.
+    migrator : Migrator or None
+        With `migration`; its own thread ticks it unless that has no interval.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Store:
         policy: str,
         read_only: bool,
         new_spaces: Sequence[SpaceSpec] = (),
+        migration: Migration | None = None,
     ) -> None:
         self.path = path
         self.budget = budget
@@ -73,6 +75,7 @@ class Store:
         for spec in new_spaces:
             self._transaction.add_space(spec)
         self._pager.make_frames()
+        self._migrate(migration)
 
     # Life
 
@@ -86,6 +89,7 @@ class Store:
         spaces: Sequence[SpaceSpec] = (),
         prepare: Callable[[Store], None] | None = None,
         policy: str = POLICY_DEFAULT,
+        migration: Migration | None = None,
         disk: Disk | None = None,
     ) -> Store:
         """Make a new store, a directory; durable when this returns.
@@ -104,6 +108,8 @@ class Store:
             after a crash. If it raises, nothing is left behind.
         policy : {"s3fifo", "clock", "lru", "sieve"}
             Which page gives way, of this open store.
+        migration : Migration, optional
+            Move pages ahead of demand, while the store is open.
         disk : Disk, optional
             The operating system when left out.
 
@@ -117,7 +123,7 @@ class Store:
         require_room(budget.dram_bytes, page_size, spaces)
         files = StoreFiles.create(disk, path, page_size, budget.nvme_bytes)
         try:
-            store = cls(path, files, budget, policy, False, spaces)
+            store = cls(path, files, budget, policy, False, spaces, migration)
             if prepare is not None:
                 prepare(store)
             store.commit()
@@ -125,6 +131,7 @@ class Store:
         except BaseException:
             files.discard(path)
             raise
+        store._start_migration()
         return store
 
     @classmethod
@@ -136,6 +143,7 @@ class Store:
         read_only: bool = False,
         snapshot: str | None = None,
         policy: str = POLICY_DEFAULT,
+        migration: Migration | None = None,
         disk: Disk | None = None,
     ) -> Store:
         """Open a store at its last commit, or to read it as it was at a snapshot.
@@ -151,6 +159,7 @@ class Store:
             Read the state of this name; needs `read_only`.
         policy : {"s3fifo", "clock", "lru", "sieve"}
             Which page gives way.
+        migration : Migration, optional
         disk : Disk, optional
 
         Raises
@@ -163,7 +172,9 @@ class Store:
             disk, path, budget.nvme_bytes, read_only=read_only, snapshot=snapshot
         )
         try:
-            return cls(path, files, budget, policy, read_only)
+            store = cls(path, files, budget, policy, read_only, migration=migration)
+            store._start_migration()
+            return store
         except CorruptionError as damage:
             is_expired = files.is_expired()
             files.close()
@@ -179,6 +190,7 @@ class Store:
         if self._condition.closed or self._condition.forked:
             return
         self._claims.require_nothing_held()
+        self._stop_migration()
         with self._sections.writer, self._claims.io:
             if self._condition.closed:
                 return
@@ -335,18 +347,6 @@ class Store:
         """Number of the last durable commit."""
         return self._transaction.root.commit
 
-    @property
-    def arena(self) -> Bytes:
-        """All frames, uint8 (n_frames, page_size).
-
-        Index it with a page table, under a claim or in an epoch.
-        """
-        return self._pager.frames.arena
-
-    @property
-    def n_frames(self) -> int:
-        return self._pager.frames.n_frames
-
     # Reading
 
     def claim(self, requests: Sequence[Request], *, write: bool = False) -> Claim:
@@ -406,17 +406,6 @@ class Store:
         with self._claims.epoch():
             yield
 
-    def touch(self, requests: Sequence[Request]) -> None:
-        """Tell the policy that these pages were read in an epoch; absent ones are passed over."""
-        self._claims.touch(requests)
-
-    def resident(self, space: Space, pages: Indices) -> npt.NDArray[np.bool_]:
-        """Return which of these pages are in DRAM now."""
-        self._condition.require_usable()
-        ((_, pages),) = self._pager.checked([(space, pages)])
-        with self._pager.mutex:
-            return np.asarray(space.table.lookup(pages) >= 0)
-
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot; the others read as its initial value."""
         with self._sections.doing_io("counting pages"):
@@ -440,16 +429,6 @@ class Store:
     def n_allocated(self, space: Space) -> int:
         """Return how many pages of a space `allocate` has given out, uncommitted ones included."""
         return self._transaction.catalogue.allocated.get(space.number, 0)
-
-    def fetch(self, space: Space, pages: Indices) -> int:
-        """Bring pages in without holding them; return how many were brought in.
-
-        Works in small waves that let demand pass, and passes over pages for which no frame can be
-        had without waiting.
-        """
-        self._condition.require_usable()
-        ((_, pages),) = self._pager.checked([(space, pages)])
-        return self._claims.fetch(space, pages)
 
     # Writing
 
@@ -523,21 +502,16 @@ class Store:
         -------
         int
             Number of the commit that is read now.
+
+        Raises
+        ------
+        SnapshotError
+            If it was opened at a snapshot.
         """
         with self._sections.looking("a refresh"):
             return self._transaction.refresh(self.path).commit
 
     # Looking
-
-    def stats(self) -> dict[str, Any]:
-        """Return counters since the store was opened, and sizes in bytes."""
-        self._condition.require_usable()
-        with self._pager.mutex:
-            return {
-                "commit": self.commit_number,
-                **self._transaction.counts,
-                **collect(self._pager),
-            }
 
     def require_usable(self) -> None:
         """Raise what any call would raise on a store that is closed, forked or refuses."""
@@ -546,18 +520,3 @@ class Store:
     def require_whole(self) -> None:
         """Raise `TransactionBrokenError` if a change was cut short; only `abort` helps then."""
         self._sections.require_whole()
-
-    def check(self) -> dict[str, int]:
-        """Recount every invariant and read back every block and page; return what was counted.
-
-        Raises
-        ------
-        CorruptionError
-            If bytes on disk are not what was written.
-        AssertionError
-            If the store's own books do not add up.
-        """
-        from tiers.check import check
-
-        with self._sections.looking("a check"):
-            return check(self._pager, self.snapshots, self._transaction.root)

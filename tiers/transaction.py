@@ -260,7 +260,9 @@ class Transaction:
         tags = self._pager.tags
         if tags is None or len(abandoned) <= ABANDONED_MAX:
             return abandoned if tags is not None else ()
-        tags.clear(abandoned, self._pager.allocator.file_blocks)
+        # To the end of the file, which an abort or a compaction may have left behind where the
+        # store grows again later: what is not blotted out there would be believed then.
+        tags.clear(abandoned, self._pager.slots.size_blocks())
         return ()
 
     def abort(self) -> None:

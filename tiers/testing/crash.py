@@ -205,9 +205,7 @@ def _write_some(store: Store, state: State, rng: np.random.Generator) -> None:
             state.pages[space.name, page] = content
 
 
-def _use_snapshots(
-    store: Store, state: State, disk: FaultDisk, rng: np.random.Generator
-) -> None:
+def _use_snapshots(store: Store, state: State, disk: FaultDisk, rng: np.random.Generator) -> None:
     """Read every snapshot beside the writer; then drop one or go back to it."""
     for name, expected in state.snapshots.items():
         with Store.open(

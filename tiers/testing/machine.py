@@ -253,7 +253,7 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.reader is not None)
     @rule()
     def read_beside(self) -> None:
-        """See what was committed when it began, unless a later writer went on without the reader."""
+        """See what was committed when it began, unless a writer went on without the reader."""
         assert self.reader is not None
         try:
             difference = self.read_state.difference(self.reader)

@@ -96,6 +96,11 @@ class State:
         for space in store.spaces:
             if space.spec != self.specs[space.name]:
                 return f"the store has {space.spec}, the model {self.specs[space.name]}"
+            allocated = self.allocated.get(space.name, 0)
+            if store.n_allocated(space) != allocated:
+                return (
+                    f"{store.n_allocated(space)} pages of {space.name!r} allocated, not {allocated}"
+                )
             to_read = self._pages_to_read(space)
             for first in range(0, len(to_read), store.n_frames):
                 pages = to_read[first : first + store.n_frames]

@@ -1,46 +1,32 @@
-"""The command line. Results go to stdout, progress and messages to stderr."""
+"""The commands on fields."""
 
 from __future__ import annotations
 
-import json
 import shlex
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+
+from dpnc.cli.app import (
+    EXIT_INTERRUPTED,
+    EXIT_NOT_INTACT,
+    FIELDS,
+    Budget,
+    Json,
+    StorePath,
+    Threads,
+    app,
+    errors,
+    guarded,
+    progress_bar,
+)
+from dpnc.cli.printing import print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.progress import Progress
-
-    from dpnc import Field
     from dpnc.fitting import ImageFit
-
-EXIT_ERROR = 1
-EXIT_USAGE = 2
-EXIT_NOT_INTACT = 3
-EXIT_INTERRUPTED = 130
-
-EXIT_CODES = (
-    "Exit codes: 0 ok; 1 refused, with the reason; 2 usage; 3 the store is corrupt or a promise "
-    "of the demo does not hold; 130 interrupted, the store being at a commit."
-)
-
-app = typer.Typer(
-    name="dpnc",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    help="Neural fields larger than memory, kept safe on disk.",
-    epilog=EXIT_CODES,
-)
-errors = Console(stderr=True)
 
 
 class LayoutName(StrEnum):
@@ -57,42 +43,15 @@ class RowType(StrEnum):
     float32 = "float32"
 
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
-]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads of the kernels; the bits do not depend on it.")
-]
-StorePath = Annotated[Path, typer.Argument(help="Directory of the store.")]
-
-
-def print_version(wanted: bool) -> None:
-    """Print the version and end, if that was asked for."""
-    if wanted:
-        from importlib.metadata import version
-
-        typer.echo(f"dpnc {version('dpnc')}")
-        raise typer.Exit
-
-
-@app.callback()
-def top(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=print_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    """Neural fields larger than memory, kept safe on disk."""
-
-
 @app.command(
+    rich_help_panel=FIELDS,
     epilog="""Examples:
 
 [bold]dpnc demo[/bold]   a photograph, a few minutes
 
 [bold]dpnc demo --image holiday.jpg --out report[/bold]   your own picture
 
-[bold]dpnc demo --steps 20[/bold]   a quick look; the picture will be rough"""
+[bold]dpnc demo --steps 20[/bold]   a quick look; the picture will be rough""",
 )
 def demo(
     image: Annotated[
@@ -132,19 +91,20 @@ def demo(
 
 
 @app.command(
+    rich_help_panel=FIELDS,
     epilog="""Examples:
 
 [bold]dpnc fit photo.jpg photo.dpnc --steps 500[/bold]   fit a picture through 16 MiB
 
 [bold]dpnc fit photo.jpg photo.dpnc --resume --steps 1000[/bold]   go on, up to step 1000
 
-Ctrl-C finishes the step and commits; a second Ctrl-C goes back to the last commit at once."""
+Ctrl-C finishes the step and commits; a second Ctrl-C goes back to the last commit at once.""",
 )
 def fit(
     context: typer.Context,
     image: Annotated[Path, typer.Argument(help="PNG or JPEG.")],
     store: StorePath,
-    budget: Annotated[str, typer.Option(help="DRAM the store may use.")] = "16MiB",
+    budget: Budget = "16MiB",
     steps: Annotated[int, typer.Option(min=0, help="Steps in all, resumed ones included.")] = 500,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the store's last commit.")
@@ -229,11 +189,12 @@ def fit(
 
 
 @app.command(
+    rich_help_panel=FIELDS,
     epilog="""Examples:
 
 [bold]dpnc render photo.dpnc whole.png[/bold]   as large as the picture that was fitted
 
-[bold]dpnc render photo.dpnc eye.png --region .4,.4,.6,.6 --width 800[/bold]   a part, enlarged"""
+[bold]dpnc render photo.dpnc eye.png --region .4,.4,.6,.6 --width 800[/bold]   a part, enlarged""",
 )
 def render(
     store: StorePath,
@@ -243,7 +204,7 @@ def render(
     ] = "0,0,1,1",
     width: Annotated[int | None, typer.Option(min=1, help="Pixels across.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Pixels down.")] = None,
-    budget: Annotated[str, typer.Option(help="DRAM the store may use.")] = "16MiB",
+    budget: Budget = "16MiB",
     threads: Threads = None,
     json_only: Json = False,
 ) -> None:
@@ -281,25 +242,9 @@ def render(
         typer.echo(f"{picture}: {width} x {height} pixels, from step {fitted.step}")
 
 
-@app.command(epilog="Example: [bold]dpnc info photo.dpnc[/bold]")
-def info(
-    store: StorePath,
-    budget: Annotated[str, typer.Option(help="DRAM the store may use.")] = "16MiB",
-    json_only: Json = False,
-) -> None:
-    """Say what STORE holds: its field, its size, its last commit."""
-    with guarded():
-        import dpnc
-
-        with dpnc.open(store, budget=budget, read_only=True) as field:
-            document = describe(store, field)
-    if json_only:
-        print_json(document)
-    else:
-        print_description(document)
-
-
-@app.command(epilog="Example: [bold]dpnc warmup[/bold]   once after installing")
+@app.command(
+    rich_help_panel=FIELDS, epilog="Example: [bold]dpnc warmup[/bold]   once after installing"
+)
 def warmup(threads: Threads = None, json_only: Json = False) -> None:
     """Compile every kernel now, so that the first fit does not wait for the compiler."""
     with guarded(), progress_bar() as progress:
@@ -314,33 +259,6 @@ def warmup(threads: Threads = None, json_only: Json = False) -> None:
         print_json({"compiled": compiled})
     else:
         typer.echo(f"kernels for {len(compiled)} kinds of field are compiled")
-
-
-@contextmanager
-def guarded() -> Iterator[None]:
-    """Turn the errors we raise on purpose into a message and an exit code."""
-    from dpnc.errors import FieldError
-    from tiers.errors import CorruptionError, TierError
-
-    try:
-        yield
-    except CorruptionError as error:
-        complain("corrupt", error)
-        raise typer.Exit(EXIT_NOT_INTACT) from None
-    except (FieldError, TierError) as error:
-        complain("refused", error)
-        raise typer.Exit(EXIT_ERROR) from None
-    except OSError as error:
-        complain("refused by the system", error)
-        raise typer.Exit(EXIT_ERROR) from None
-    except KeyboardInterrupt:
-        errors.print("interrupted; what was committed is kept")
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-
-
-def complain(what: str, error: Exception) -> None:
-    """Print an error on stderr; brackets in its message are no markup."""
-    errors.print(f"[red]{what}[/red]: {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def run_fit(image_fit: ImageFit, steps: int, commit_every: int) -> tuple[bool, float | None]:
@@ -411,92 +329,3 @@ def output_size(
         height = max(1, round(width * region_height / region_width))
     assert width is not None and height is not None
     return width, height
-
-
-def describe(store: Path, field: Field) -> dict[str, Any]:
-    """Return what a store holds, as JSON values."""
-    encoding = field.encoding
-    return {
-        "store": str(store),
-        "encoding": encoding.to_dict(),
-        "levels": [
-            {"resolution": level.resolution, "rows": level.rows, "kind": level.kind}
-            for level in encoding.levels
-        ],
-        "n_params": encoding.n_params,
-        "dtype": field.dtype,
-        "head": None if field.head is None else field.head.to_dict(),
-        "optimizer": None if field.optimizer is None else field.optimizer.to_dict(),
-        "updates": field.updates,
-        "meta": field.meta,
-        "stats": field.stats(),
-    }
-
-
-def print_description(document: dict[str, Any]) -> None:
-    """Print what `describe` returned for people to read."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    encoding, meta = document["encoding"], document["meta"]
-    stored = document["stats"]["stored_bytes"]
-    nvme = document["stats"]["tiers"]["nvme"]
-    mib = 1 << 20
-    console = Console()
-    console.print(
-        f"{document['store']}: {encoding['n_dims']}-D hash grid, layout {encoding['layout']}, "
-        f"{document['n_params']:,} parameters of {document['dtype']}",
-        highlight=False,
-    )
-    console.print(
-        f"on disk: {', '.join(f'{name} {n / mib:.1f} MiB' for name, n in stored.items())}; "
-        f"file {nvme['file_bytes'] / mib:.1f} MiB, {nvme['used_bytes'] / mib:.1f} in use; "
-        f"{document['updates']} updates",
-        highlight=False,
-    )
-    plain = [f"{name} {value}" for name, value in meta.items() if not isinstance(value, dict)]
-    if plain:
-        console.print(f"last commit: {escape(', '.join(plain))}", highlight=False, soft_wrap=True)
-    table = Table("level", "resolution", "rows", "kind", box=SIMPLE_HEAD)
-    for index, level in enumerate(document["levels"]):
-        table.add_row(str(index), f"{level['resolution']:,}", f"{level['rows']:,}", level["kind"])
-    console.print(table)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """Show progress on stderr while a terminal is there to see it."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    with Progress(
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-    ) as progress:
-        yield progress
-
-
-def print_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
-    import msgspec
-
-    typer.echo(json.dumps(msgspec.to_builtins(document), indent=2, allow_nan=False))
-
-
-def main() -> None:
-    """Run the command line."""
-    app(prog_name="dpnc")
-
-
-if __name__ == "__main__":
-    main()

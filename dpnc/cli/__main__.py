@@ -1,0 +1,5 @@
+"""``python -m dpnc.cli``."""
+
+from dpnc.cli.commands import main
+
+main()
