@@ -68,6 +68,7 @@ def session(request):
     made.write("a", *range(300, 330), 699)
     made.write("wide", 0, 77, (1 << 40) - 1)
     made.store.allocate(made.store.space("wide"), 100)
+    made.state.allocated["wide"] = 100
     made.commit(1)
     return made
 

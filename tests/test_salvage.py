@@ -99,6 +99,7 @@ def session(request):
     made.write("a", *range(20, 60))
     made.write("wide", 0, 5, (1 << 40) - 1)
     made.store.allocate(made.store.space("wide"), 12)
+    made.state.allocated["wide"] = 12
     made.commit(meta={"step": 2})
     return made
 

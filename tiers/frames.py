@@ -207,10 +207,10 @@ class Frames:
         """Take pages out of their page tables; the frames rest in limbo."""
         if len(frames) == 0:
             return
-        assert not self.pins[frames].any() and not self.writing[frames].any()
-        for number in np.unique(self.space[frames]):
-            of_space = frames[self.space[frames] == number]
-            spaces[int(number)].table.clear(self.page[of_space])
+        numbers = self.space[frames]
+        for number in set(numbers.tolist()):
+            of_space = frames[numbers == number]
+            spaces[number].table.clear(self.page[of_space])
         self._vacate(frames)
 
     def _vacate(self, frames: Indices) -> None:

@@ -532,6 +532,9 @@ def _runs(indices: Indices) -> list[tuple[int, int, int]]:
     """Return (parent, start, stop) for each stretch of `indices` under one level-1 node."""
     if len(indices) == 0:
         return []
+    first, last = int(indices[0]) >> FANOUT_BITS, int(indices[-1]) >> FANOUT_BITS
+    if first == last:
+        return [(first, 0, len(indices))]
     parents = indices >> FANOUT_BITS
     starts = np.flatnonzero(np.diff(parents, prepend=parents[0] - 1))
     stops = np.append(starts[1:], len(indices))

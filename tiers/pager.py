@@ -270,6 +270,7 @@ class Pager:
             raise ClaimTooLargeError(n_wanted, self.frames.n_dram)
         pinned: list[Indices] = []
         missing: list[Request] = []
+        frames_of: list[Indices] = []
         taken = np.empty(0, np.int64)
         try:
             with self.mutex:
@@ -279,6 +280,7 @@ class Pager:
                     self.frames.pins[present] += 1
                     pinned.append(present)
                     missing.append((space, pages[frames < 0]))
+                    frames_of.append(frames)
                     self.count_hits(present)
             taken = self.obtain(sum(len(pages) for _, pages in missing), wait=True)
             began_ns, bytes_before = time.perf_counter_ns(), self.slots.bytes_read
@@ -295,15 +297,14 @@ class Pager:
             raise
         with self.mutex:
             start = 0
-            frames_of = []
-            for (space, pages), (_, absent) in zip(requests, missing, strict=True):
+            for (space, absent), found in zip(missing, frames_of, strict=True):
                 frames = taken[start : start + len(absent)]
                 start += len(absent)
                 self.frames.map(space, absent, frames)
                 self.frames.pins[frames] += 1
                 self.placement.insert(frames)
                 self.counts["misses"] += len(absent)
-                frames_of.append(space.table.lookup(pages))
+                found[found < 0] = frames
             return frames_of
 
     def obtain(self, count: int, *, wait: bool, tier: Tier = Tier.DRAM) -> Indices:
