@@ -116,7 +116,10 @@ class Catalogue:
             "attributes": self.attributes,
             "meta": self.meta,
         }
-        content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        try:
+            content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
+        except ValueError as refused:  # an integer of thousands of digits
+            raise MetaError(f"the catalogue cannot be written: {refused}") from None
         if len(content) > CATALOGUE_BYTES_MAX:
             raise MetaError(
                 f"the catalogue with its meta has {len(content)} bytes of {CATALOGUE_BYTES_MAX}"

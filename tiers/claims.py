@@ -109,12 +109,16 @@ class Claims:
         on_release : callable
         """
         pager = self._pager
-        with pager.mutex:
-            found = pager.resident_frames(requests, write=reserve is not None)
-            if found is not None:
-                for frames in found:
-                    pager.count_hits(frames)
-                return self._grant(found, reserve is not None, on_release)
+        try:
+            with pager.mutex:
+                found = pager.resident_frames(requests, write=reserve is not None)
+                if found is not None:
+                    for frames in found:
+                        pager.count_hits(frames)
+                    return self._grant(found, reserve is not None, on_release)
+        except BaseException as failure:
+            self._condition.poison_by("a claim", failure)
+            raise
         if self._held.claims_and_epochs:
             raise NestedClaimError(
                 "a thread that holds a claim or an epoch cannot bring in another one's pages"
@@ -126,6 +130,8 @@ class Claims:
         try:
             with self.io, self._condition.guarding("a claim"):
                 self._condition.require_usable()
+                # Meanwhile somebody may have dropped a space.
+                pager.checked(requests)
                 frames_of = self._bring_in(requests, reserve)
                 with pager.mutex:
                     pager.unpin(frames_of)
@@ -174,6 +180,7 @@ class Claims:
                 if self._condition.closed or self._condition.poison:
                     break
                 wave = pages[start : start + PREFETCH_WAVE_PAGES]
+                self._pager.checked([(space, wave)])
                 n_fetched += self._pager.fetch_wave(space, wave)
         return n_fetched
 
@@ -209,10 +216,14 @@ class Claims:
         self.n_writes += write
 
         def release(frames_of: list[Indices]) -> None:
-            with self._pager.mutex:
-                self._pager.unpin(frames_of)
-            self._held.claims_and_epochs -= 1
-            self._held.write_claims -= write
-            on_release()
+            try:
+                with self._pager.mutex:
+                    self._pager.unpin(frames_of)
+                self._held.claims_and_epochs -= 1
+                self._held.write_claims -= write
+                on_release()
+            except BaseException as failure:
+                self._condition.poison_by("a release", failure)
+                raise
 
         return Claim(frames_of, release)

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, RESERVE_BLOCKS, Bitmap, Counts
 from tiers.catalogue import Snapshot
 from tiers.condition import Condition
-from tiers.errors import CorruptionError, StoreFullError, StoreIOError
+from tiers.errors import ClaimTooLargeError, CorruptionError, StoreFullError, StoreIOError
 from tiers.files import StoreFiles
 from tiers.page_map import ABSENT_WORD, ALLOCATION, FANOUT, FIRST_SPACE, SPACES, unpack_entry
 from tiers.pager import Pager, Request
@@ -117,10 +117,13 @@ class Compaction:
         self._claim = claim
         self._progress = progress
         self._per_slot = pager.page_bytes // BLOCK_BYTES
-        n_pages = min(STEP_BYTES // pager.page_bytes, pager.frames.n_dram // 4)
-        self._step_items = max(1, n_pages)
         self._n_done = self._n_total = 0
         self.report = Compact(self._allocator.file_blocks * BLOCK_BYTES)
+
+    @property
+    def _step_items(self) -> int:
+        """Pages that one step moves, of the frames that there are now."""
+        return max(1, min(STEP_BYTES // self._pager.page_bytes, self._pager.frames.n_dram // 4))
 
     def run(self) -> Compact:
         self._transaction.require_nothing_open("a compaction makes commits of its own")
@@ -244,8 +247,8 @@ class Compaction:
             while part := self._part_of(walk):
                 batch += [placed for placed in part if placed.block >= cut]
                 while len(batch) >= self._step_items:
-                    self._move(batch[: self._step_items], cut)
-                    del batch[: self._step_items]
+                    part, batch = batch[: self._step_items], batch[self._step_items :]
+                    self._move(part, cut)
             if batch:
                 self._move(batch, cut)
         except StoreFullError:
@@ -262,10 +265,10 @@ class Compaction:
         return total
 
     def _move(self, batch: list[Placed], cut: int) -> None:
-        """Move these, in smaller steps where there is little room."""
+        """Move these, in smaller steps where there is little room on disk or in memory."""
         try:
             self._step(batch, cut)
-        except StoreFullError:
+        except (StoreFullError, ClaimTooLargeError):
             if len(batch) == 1:
                 raise
             middle = len(batch) // 2

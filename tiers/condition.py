@@ -86,8 +86,12 @@ class Condition:
         except TierError:
             raise
         except BaseException as failure:
-            self.poison = f"{action} was cut short by {failure!r}"
+            self.poison_by(action, failure)
             raise
+
+    def poison_by(self, action: str, failure: BaseException) -> None:
+        """Refuse everything from now on, because a failure may have struck between two steps."""
+        self.poison = self.poison or f"{action} was cut short by {failure!r}"
 
     @contextmanager
     def poisoning(self, action: str) -> Iterator[None]:

@@ -206,9 +206,10 @@ class StoreFiles:
             opened.append(disk.lock(path / ROOT_NAME, exclusive=True, signed=False))
             locks = list(opened)
             root_file, root = _read_root(disk, path, opened, read_only=False)
-            # Blocks that the readers of an earlier commit use may be free by now.
+            # Blocks that the readers of an earlier commit use may be free by now. A later one is a
+            # commit whose sync failed and whose root is gone.
             readers = Readers(disk, path, root.commit)
-            readers.expire(root.commit)
+            readers.expire(lambda commit: commit != root.commit)
             slots = _open_slots(disk, path, names, root, size_bytes_max, opened, read_only=False)
             files = cls(disk, locks, root_file, root, slots)
             files._readers = readers
@@ -259,11 +260,15 @@ class StoreFiles:
         """Go on without the readers of earlier commits; return the oldest that is still read."""
         if self._readers is not None:
             with _typed_errors("expiring readers"):
-                self._readers.expire(self.root.commit)
+                newest = self.root.commit
+                self._readers.expire(lambda commit: commit < newest)
         return self.oldest_reader()
 
     def newest_root(self, path: Path) -> Root:
-        """Return the newest root of a store that somebody else writes, and register for it."""
+        """Return the newest root of a store that somebody else writes.
+
+        Nothing is reused until `go_on_from` says that it is the one that is read.
+        """
         if self._snapshot is not None:
             raise SnapshotError(f"{path} is open at {self._snapshot!r}, which stays as it is")
         with _typed_errors(f"reading {path}"):
@@ -274,11 +279,17 @@ class StoreFiles:
                     self.reader.close()
                     self.reader = Reader.register(self._disk, path)
                 self.reader.reads(UNKNOWN_COMMIT)
-                self.root = _root_in(self._disk, path, self._root_file)
-                self.reader.reads(self.root.commit)
+                root = _root_in(self._disk, path, self._root_file)
                 if not self.reader.is_expired():
-                    return self.root
+                    return root
             raise StoreLockedError(f"{path} is opened and closed by writers again and again")
+
+    def go_on_from(self, root: Root) -> None:
+        """Say that the commit of this root is read from now on."""
+        self.root = root
+        if self.reader is not None:
+            with _typed_errors("registering a reader"):
+                self.reader.reads(root.commit)
 
     def _confirm(self, path: Path) -> None:
         """Make durable the state that was found, before anything is built on it.

@@ -118,7 +118,8 @@ class Migrator:
                 return
             before = self._pages_moved()
             try:
-                act()
+                with condition.guarding("a round of migration"):
+                    act()
             finally:
                 moved_bytes = (self._pages_moved() - before) * pager.page_bytes
                 self._bandwidth.spend(moved_bytes)

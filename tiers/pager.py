@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +88,8 @@ class Pager:
         self.mutex = threading.Lock()
         self.released = threading.Condition(self.mutex)
         self.spaces: dict[int, Space] = {}
+        # Asked while something is waited for; the store puts its own question here.
+        self.require_usable: Callable[[], None] = lambda: None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.latencies = Latencies()
         self._link = budget.link
@@ -154,8 +156,12 @@ class Pager:
         SpaceError, PageIndexError
             Naming what is wrong.
         """
+        try:
+            requests = [(space, pages) for space, pages in requests]
+        except (TypeError, ValueError):
+            raise PageIndexError(f"pairs of a space and its pages, not {requests!r}") from None
         for space, pages in requests:
-            if self.spaces.get(space.number) is not space:
+            if not isinstance(space, Space) or self.spaces.get(space.number) is not space:
                 raise SpaceError(f"{space!r} is not a space of this store")
             if not isinstance(pages, np.ndarray) or pages.dtype != np.int64 or pages.ndim != 1:
                 raise PageIndexError(f"pages must be a one-dimensional int64 array, not {pages!r}")
@@ -172,10 +178,12 @@ class Pager:
 
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot. I/O lock held."""
+        self.checked([(space, np.empty(0, np.int64))])
         return sum(len(pages) for pages, _ in self.map.present(FIRST_SPACE + space.number))
 
     def stored_pages_from(self, space: Space, first: int) -> Indices:
         """Return some of the pages from `first` on that have a slot, none at the end."""
+        self.checked([(space, np.empty(0, np.int64))])
         for pages, _ in self.map.present(FIRST_SPACE + space.number, first):
             return pages
         return np.empty(0, np.int64)
@@ -208,6 +216,7 @@ class Pager:
         """Wait until nobody holds these frames. I/O lock and mutex held."""
         while self.frames.pins[frames].any():
             self.released.wait(0.1)
+            self.require_usable()
 
     def fetch_wave(self, space: Space, pages: Indices) -> int:
         """Bring in pages that nobody asked for yet, as far as frames can be had at once.
@@ -328,6 +337,7 @@ class Pager:
                         if not wait:
                             return taken
                         self.released.wait(0.1)
+                        self.require_usable()
                         continue
                     victims = self.begin_to_give_up(victims, tier)
                 self.give_up(victims, tier)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -138,8 +138,13 @@ class Readers:
             return UNKNOWN_COMMIT
         return oldest
 
-    def expire(self, before: int) -> int:
-        """Go on without the readers of commits earlier than `before`; return how many there were.
+    def expire(self, is_meant: Callable[[int], bool]) -> int:
+        """Go on without the readers of some commits; return how many there were.
+
+        Parameters
+        ----------
+        is_meant : callable
+            Says of a commit whether its readers go; `UNKNOWN_COMMIT` is asked of, too.
 
         Raises
         ------
@@ -150,7 +155,7 @@ class Readers:
         """
         n_expired = 0
         for _ in range(_ATTEMPTS):
-            found = [path for path, commit in self._living() if commit < before]
+            found = [path for path, commit in self._living() if is_meant(commit)]
             if not found:
                 return n_expired
             for path in found:

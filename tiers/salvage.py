@@ -270,10 +270,10 @@ def _settled(columns: Columns, root: Root, slots: SlotFile) -> Columns:
     chosen = starts.copy()
     for place in np.flatnonzero(counts > 1).tolist():
         start, count = int(starts[place]), int(counts[place])
-        whole = [i for i in range(start, start + count) if _whole(columns[:, [i]], root, slots)[1]]
-        if len({int(columns[CRC, i]) for i in whole}) == 1:
-            chosen[place] = whole[0]
-        else:
+        alike = range(start, start + count)
+        whole = [i for i in alike if _whole(columns[:, [i]], root, slots)[1]]
+        # The one that is whole may be the one that was discarded.
+        if len(whole) < count or len({int(columns[CRC, i]) for i in whole}) > 1:
             columns[CRC, start] = NO_CRC
     return columns[:, chosen]
 

@@ -68,6 +68,7 @@ class Store(Residence, Upkeep):
         self._condition = Condition(path, read_only=read_only, is_expired=files.is_expired)
         io = threading.RLock()
         self._pager = Pager(files.root, files.slots, budget, policy)
+        self._pager.require_usable = self._condition.require_usable
         self._claims = Claims(self._pager, self._condition, io)
         self._sections = Sections(self._condition, self._claims, self._pager.map, io)
         self._transaction = Transaction(files, self._pager, self._condition)

@@ -28,6 +28,7 @@ from tiers.root import (
     encode_outline,
     merge_ranges,
 )
+from tiers.saved_trees import SavedTrees
 from tiers.space import Space, SpaceSpec
 
 MANY = 1 << 62
@@ -65,6 +66,7 @@ class Transaction:
         self._version = self.root.next_version
         self._catalogue_bytes = self.root.catalogue_bytes
         self._abandoned: list[Range] = []
+        self._rolled_back: list[Range] = []
         self._dropped: dict[int, Space] = {}
         for number, spec in self.catalogue.spaces.items():
             pager.add_space(Space(number, spec, pager.page_bytes))
@@ -75,6 +77,7 @@ class Transaction:
         """Start afresh over the last commit."""
         self._catalogue_bytes = self.root.catalogue_bytes
         self._catalogue_pieces_reserved = 0
+        self._rolled_back = []
         self._pager.begin(self.root, self._version)
         self._pager.allocator.kept_version = self.catalogue.kept_version
         self.is_changed = False
@@ -256,14 +259,18 @@ class Transaction:
 
     def _abandoned_now(self) -> tuple[Range, ...]:
         """Return the versions whose tags are not to be believed, few enough for a root."""
-        abandoned = merge_ranges([*self.root.abandoned, *self._abandoned])
         tags = self._pager.tags
-        if tags is None or len(abandoned) <= ABANDONED_MAX:
-            return abandoned if tags is not None else ()
-        # To the end of the file, which an abort or a compaction may have left behind where the
-        # store grows again later: what is not blotted out there would be believed then.
-        tags.clear(abandoned, self._pager.slots.size_blocks())
-        return ()
+        if tags is None:
+            return ()
+        abandoned = merge_ranges([*self.root.abandoned, *self._abandoned])
+        if len(abandoned) + len(self._rolled_back) > ABANDONED_MAX:
+            # To the end of the file, which an abort or a compaction may have left behind where the
+            # store grows again later: what is not blotted out there would be believed then.
+            tags.clear(abandoned, self._pager.slots.size_blocks())
+            abandoned = ()
+        # Commits that are rolled back are the newest ones until this one is durable: their tags
+        # stay.
+        return merge_ranges([*abandoned, *self._rolled_back])
 
     def abort(self) -> None:
         """Return to the last commit; see `Store.abort`."""
@@ -315,16 +322,20 @@ class Transaction:
 
     def refresh(self, path: Path) -> Root:
         """Go on to the newest commit that somebody else has published."""
+        pager = self._pager
         root = self._files.newest_root(path)
-        if root.commit != self.root.commit:
-            pager = self._pager
+        if (root.commit, root.version) != (self.root.commit, self.root.version):
+            # Read before anything changes: a read that fails leaves the commit that was read.
+            saved = SavedTrees(
+                root.store_id, root.page_bytes, pager.slots.read_blocks, Snapshot.of(root)
+            )
             pager.forget_everything()
             self.root, self._version = root, root.next_version
             pager.map.forget()
-            self._begin()
-            self.catalogue = self._read_catalogue(root.catalogue_bytes)
+            self.catalogue = saved.catalogue
             self._match_spaces(self.catalogue)
             self._begin()
+        self._files.go_on_from(root)
         return root
 
     # Catalogue
@@ -372,7 +383,7 @@ class Transaction:
         caller's to give back.
         """
         pager = self._pager
-        self._abandoned.append((snapshot.version + 1, self.root.version))
+        self._rolled_back = [(snapshot.version + 1, self.root.version)]
         pager.forget_everything()
         self._match_spaces(catalogue)
         depths = {FIRST_SPACE + n: depth_of(space.n_pages) for n, space in pager.spaces.items()}
