@@ -145,7 +145,7 @@ def test_tags_of_commits_stay_until_their_roll_back_is_durable(disk):
         write(store, [0], value)
         store.commit()
 
-    for _ in range(31):
+    for _ in range(32):
         abandon_a_version(1)
     store.snapshots.take("one")
     write(store, range(300), 2)
