@@ -1,5 +1,6 @@
 """Migration: what moves, how much, and that nothing is lost on the way."""
 
+import errno
 import math
 import threading
 import time
@@ -13,7 +14,13 @@ from test_store_threads import run_epochs, run_prefetch, run_reader, run_writer
 from tiers import Budget, Store
 from tiers.bandwidth import Bandwidth
 from tiers.budget import Cxl
-from tiers.errors import BudgetError, NestedClaimError, StorePoisonedError, TierError
+from tiers.errors import (
+    BudgetError,
+    NestedClaimError,
+    StoreIOError,
+    StorePoisonedError,
+    TierError,
+)
 from tiers.frames import Tier
 from tiers.latency import Latencies
 from tiers.memory import budget_min
@@ -494,9 +501,9 @@ def test_a_poisoned_store_joins_its_daemon():
     assert not store._daemon.is_running
 
 
-def test_a_round_that_fails_ends_migration_and_not_the_store(monkeypatch):
+def test_a_round_that_is_refused_ends_migration_and_not_the_store(monkeypatch):
     def fail(self):
-        raise RuntimeError("planted")
+        raise StoreIOError(errno.EIO, "planted")
 
     monkeypatch.setattr(Migrator, "_promote", fail)
     store, space = make_store(migration=Migration(interval_s=0.001))
@@ -507,6 +514,18 @@ def test_a_round_that_fails_ends_migration_and_not_the_store(monkeypatch):
     store.commit()
     assert_reads(store, space, range(100), 2)
     store.check()
+    store.close()
+
+
+def test_a_round_that_breaks_off_between_two_steps_makes_the_store_refuse(monkeypatch):
+    def fail(self):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Migrator, "_promote", fail)
+    store, _ = make_store(migration=Migration(interval_s=0.001))
+    wait_until(lambda: not store._daemon.is_running)
+    with pytest.raises(StorePoisonedError, match="a round of migration was cut short by .*planted"):
+        store.stats()
     store.close()
 
 
