@@ -5,7 +5,7 @@ same: `tiers.wave`, one compiled call beside which the GIL is free throughout, a
 threads. The wave needs numba, whose import takes some 120 MiB and half a second: too much for a
 store of 64 MiB in a process that compiles nothing else. So it is used from the moment on when
 numba has been imported, and the pool before, and where there is no wave (not Linux; a 32-bit
-process; ``NUMBA_DISABLE_JIT``).
+process; ``NUMBA_DISABLE_JIT``). The eviction policy of an open store imports it.
 """
 
 from __future__ import annotations

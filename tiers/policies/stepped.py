@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -27,7 +28,7 @@ class Steps(NamedTuple):
     victims: Callable[..., int]
 
 
-class SteppedPolicy:
+class SteppedPolicy(ABC):
     """What all policies share: frames are checked here, and stepped by compiled code.
 
     A policy adds its `steps`, `bytes_per_frame`, `_new_state` and `_resized_state`.
@@ -84,11 +85,13 @@ class SteppedPolicy:
         self.state = self._resized_state(n_frames)
         self.n_frames = n_frames
 
+    @abstractmethod
     def _new_state(self, n_frames: int) -> Any:
-        raise NotImplementedError
+        """Return the arrays of a policy that watches nothing yet."""
 
+    @abstractmethod
     def _resized_state(self, n_frames: int) -> Any:
-        raise NotImplementedError
+        """Return the arrays for another number of frames, with what is known of those that stay."""
 
     def _check_count(self, n_frames: int) -> None:
         if n_frames < 1:
