@@ -17,6 +17,7 @@ import pytest
 import tiers.allocator
 import tiers.check
 import tiers.files
+import tiers.reached
 import tiers.tags
 import tiers.transaction
 from tiers import Constant, Space, SpaceSpec, Store
@@ -74,7 +75,8 @@ def read(store: Store, space: Space, page: int) -> int:
 def test_files_of_many_bitmaps_are_allocated_and_freed_like_others(
     monkeypatch: pytest.MonkeyPatch, disk: FaultDisk, bitmap_blocks: int, page_size: int
 ) -> None:
-    for module in (tiers.allocator, tiers.files, tiers.check, tiers.tags, tiers.transaction):
+    for name in ("allocator", "files", "check", "reached", "tags", "transaction"):
+        module = getattr(tiers, name)
         monkeypatch.setattr(module, "BITMAP_BLOCKS", bitmap_blocks)
     n_pages = 6000
     spec = SpaceSpec("pages", "uint8", page_size, n_pages, Constant())

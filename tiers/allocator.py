@@ -29,6 +29,10 @@ SPARE_BLOCKS = 16
 TAG_BYTES = 32
 RESERVE_BLOCKS = 32
 """Blocks that only what frees blocks may take, and two more a group."""
+COLD_BLOCK = 1 << 44
+"""Blocks from here on lie in the packs of the cold tier (`tiers.packs`), not in the page file."""
+COLD_GROUP = COLD_BLOCK // BITMAP_BLOCKS
+PACK_BLOCKS = 512
 GROUPS_A_SEARCH = 64
 """Groups looked at for free slots before the file is made longer."""
 UNKNOWN = -1
@@ -86,6 +90,14 @@ class Allocator:
         Take nothing from this block on; see `set_limit`.
     frees_only : bool
         The change under way frees more than it takes, and may use the last blocks.
+    cold_blocks : int
+        Blocks of cold slots that are used, those that the open transaction frees included.
+    n_cold_groups : int
+        At most so many groups lie in the cold tier.
+    dead_packs : list of int
+        First blocks of packs that nobody can refer to any more, for whoever removes them to take.
+    worn_packs : set of int
+        Of packs that lost a page since somebody looked.
     let_readers_go : callable or None
         Called on a full disk: goes on without the readers of earlier commits, and returns the
         oldest commit that is still read.
@@ -109,6 +121,12 @@ class Allocator:
         self.limit_blocks: int | None = None
         self.frees_only = False
         self.let_readers_go: Callable[[], int | None] | None = None
+        self.cold_blocks = 0
+        self.n_cold_groups = 0
+        self.dead_packs: list[int] = []
+        self.worn_packs: set[int] = set()
+        self._emptied: list[int] = []
+        self._held_packs: list[tuple[int, list[int]]] = []
         self.spare: list[int] = []
         self._cursor = 0
         self._pending: dict[int, Bitmap] = {}
@@ -119,11 +137,12 @@ class Allocator:
         """Forget what the open transaction took and freed; after open and after abort."""
         self.file_blocks = file_blocks
         self._pending.clear()
+        self._emptied.clear()
         self.spare.clear()
         self._forget_summary()
         if used_blocks is None:
             self._search(self.n_bitmaps, self.n_bitmaps * BITMAP_BLOCKS)
-            held = sum(_count(bits) for _, freed in self._held for bits in freed.values())
+            held = self.held_blocks
             used_blocks = file_blocks - self._known_slots() * self.blocks_per_slot
             used_blocks -= self._known_odd() + held
         self._used = used_blocks
@@ -141,6 +160,16 @@ class Allocator:
     def held_blocks(self) -> int:
         """Blocks that are free but for readers of earlier commits."""
         return sum(_count(bits) for _, freed in self._held for bits in freed.values())
+
+    @property
+    def waiting_blocks(self) -> int:
+        """Blocks of the page file that the next commit frees."""
+        return sum(_count(bits) for number, bits in self._pending.items() if number < COLD_GROUP)
+
+    @property
+    def waiting_cold_blocks(self) -> int:
+        """Blocks of cold slots that the next commit frees."""
+        return sum(_count(bits) for number, bits in self._pending.items() if number >= COLD_GROUP)
 
     @property
     def bookkeeping_bytes(self) -> int:
@@ -222,6 +251,18 @@ class Allocator:
             raise StoreFullError(f"no free slot for {left} of {count} pages")
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
 
+    def take_cold(self, block: int, n_blocks: int) -> None:
+        """Take blocks of cold slots, which nobody took before; room for a bitmap is ensured."""
+        number, first = divmod(block, BITMAP_BLOCKS)
+        assert number >= COLD_GROUP and first + n_blocks <= BITMAP_BLOCKS
+        chosen = np.zeros(BITMAP_BLOCKS, np.bool_)
+        chosen[first : first + n_blocks] = True
+        bits = np.packbits(chosen, bitorder="little")
+        bitmap = self._tree.private_bitmap(number)
+        assert not (bitmap[: BITMAP_BLOCKS // 8] & bits).any(), "a cold slot is taken twice"
+        bitmap[: BITMAP_BLOCKS // 8] |= bits
+        self.cold_blocks += n_blocks
+
     def take_block(self) -> int:
         """Take one block for a map node."""
         # Making a bitmap private takes a block too, so one refill may leave nothing behind.
@@ -271,7 +312,17 @@ class Allocator:
             bitmap = self._tree.private_bitmap(number)
             assert (bitmap[: BITMAP_BLOCKS // 8] & freed == freed).all(), "freed what is free"
             bitmap[: BITMAP_BLOCKS // 8] &= ~freed
-            self._used -= _count(freed)
+            if number < COLD_GROUP:
+                self._used -= _count(freed)
+            else:
+                self.cold_blocks -= _count(freed)
+                packs = bitmap[: BITMAP_BLOCKS // 8].reshape(-1, PACK_BLOCKS // 8)
+                is_left = np.asarray(packs.any(axis=1))
+                was_there = freed.reshape(-1, PACK_BLOCKS // 8).any(axis=1)
+                firsts = np.arange(len(packs)) * PACK_BLOCKS + number * BITMAP_BLOCKS
+                self._emptied += firsts[was_there & ~is_left].tolist()
+                self.worn_packs.update(firsts[was_there & is_left].tolist())
+                self.worn_packs.difference_update(self._emptied)
 
     def committed(self, commit: int, oldest_reader: int | None) -> None:
         """Let what the durable commit freed be taken, once no reader is older than it.
@@ -282,7 +333,11 @@ class Allocator:
         oldest_reader : int or None
             The oldest commit that somebody reads; None if nobody does.
         """
-        freed, self._pending = self._pending, {}
+        freed = {number: bits for number, bits in self._pending.items() if number < COLD_GROUP}
+        self._pending = {}
+        if self._emptied:
+            self._held_packs.append((commit, self._emptied))
+            self._emptied = []
         if freed:
             if len(self._held) < 2:
                 self._held.append((commit, freed))
@@ -300,6 +355,11 @@ class Allocator:
             for number in freed:
                 if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
                     self._summarise(number, self._tree.bitmap(number))
+
+        while self._held_packs and (
+            oldest_reader is None or oldest_reader >= self._held_packs[0][0]
+        ):
+            self.dead_packs += self._held_packs.pop(0)[1]
 
     def is_used(self, number: int) -> npt.NDArray[np.bool_]:
         """Return which blocks of a group its bitmap marks as used, (32768,); tags it does not."""

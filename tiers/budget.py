@@ -102,6 +102,10 @@ class Budget:
         machine, and an account of the time that transfers would have taken.
     nvme : str or int, optional
         Most bytes the page file may grow to; as large as the disk allows when left out.
+    cold : str or int, optional
+        Most bytes of pages, before compression, in packs of the cold tier; migration moves pages
+        there when the page file comes near its budget. When left out it moves none, and
+        `Store.demote` as many as the disk allows.
 
     Raises
     ------
@@ -112,6 +116,7 @@ class Budget:
     dram: str | int
     cxl: str | int | Cxl | None = None
     nvme: str | int | None = None
+    cold: str | int | None = None
 
     def __post_init__(self) -> None:
         parse_size(self.dram)
@@ -119,6 +124,8 @@ class Budget:
             parse_size(self.cxl)
         if self.nvme is not None:
             parse_size(self.nvme)
+        if self.cold is not None:
+            parse_size(self.cold)
 
     @property
     def dram_bytes(self) -> int:
@@ -132,6 +139,10 @@ class Budget:
     @property
     def nvme_bytes(self) -> int | None:
         return None if self.nvme is None else parse_size(self.nvme)
+
+    @property
+    def cold_bytes(self) -> int | None:
+        return None if self.cold is None else parse_size(self.cold)
 
     @classmethod
     def of(cls, budget: Budget | str | int) -> Budget:

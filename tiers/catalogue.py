@@ -82,6 +82,9 @@ class Catalogue:
         By number of a space, how many of its pages `Store.allocate` has given out.
     next_space : int
         Number of the next space; a number is never used twice.
+    next_pack, cold_blocks : int
+        Number of the next pack of the cold tier, of which none is used twice; blocks of cold slots
+        that are used.
     snapshots : dict of str to Snapshot
         By name, in the order of their commits.
     attributes : dict
@@ -96,6 +99,8 @@ class Catalogue:
     snapshots: dict[str, Snapshot] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    next_pack: int = 0
+    cold_blocks: int = 0
 
     def encode(self) -> bytes:
         """Return the document.
@@ -116,6 +121,9 @@ class Catalogue:
             "attributes": self.attributes,
             "meta": self.meta,
         }
+        if self.next_pack:
+            # Of one length: a commit must not need more room than its transaction reserved.
+            document["cold"] = [f"{self.next_pack:012x}", f"{self.cold_blocks:012x}"]
         try:
             content = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
         except ValueError as refused:  # an integer of thousands of digits
@@ -147,6 +155,7 @@ class Catalogue:
                 },
                 dict(document["attributes"]),
                 dict(document["meta"]),
+                *(int(number, 16) for number in document.get("cold", ("0", "0"))[:2]),
             )
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as broken:
             raise CorruptionError(f"the catalogue cannot be read: {broken!r}") from broken

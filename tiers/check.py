@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, COLD_GROUP
 from tiers.checksum import bound_crc32c
 from tiers.errors import CorruptionError
 from tiers.page_map import (
     ABSENT_WORD,
+    ALLOCATION,
     FANOUT_BITS,
     FIRST_SPACE,
     SPACES,
@@ -17,6 +18,7 @@ from tiers.page_map import (
     unpack_entry,
 )
 from tiers.pager import Pager
+from tiers.reached import Reached
 from tiers.root import Root
 from tiers.saved_trees import LiveTrees, SavedTrees, Trees, all_only_in
 from tiers.snapshots import Snapshots
@@ -88,12 +90,12 @@ class _Walk:
         self._spaces = spaces
         self._map = pager.map
         self._blocks_a_slot = pager.page_bytes // BLOCK_BYTES
-        self._reached = np.zeros(pager.allocator.n_bitmaps * BITMAP_BLOCKS, np.bool_)
+        self._reached = Reached(pager.allocator.n_bitmaps, pager.allocator.n_cold_groups)
         self._n_nodes = 0
         self._n_pages = 0
 
     def run(self, snapshots: list[SavedTrees]) -> dict[str, int]:
-        self._reach(0, self._blocks_a_slot, "the header")
+        self._reached.add(0, self._blocks_a_slot, "the header")
         for tree in self._map.tops:
             self._walk_tree(tree)
         for space in self._spaces:
@@ -114,7 +116,7 @@ class _Walk:
         n_used = n_lost = 0
         for number in range(allocator.n_bitmaps):
             first = number * BITMAP_BLOCKS
-            reached = self._reached[first : first + BITMAP_BLOCKS]
+            reached = self._reached.of_group(number)
             used = allocator.is_used(number)
             assert used[reached].all(), "a block in use is marked free"
             start, stop = allocator.reserved(number)
@@ -124,7 +126,26 @@ class _Walk:
             n_used += int(used.sum())
             n_lost += int((used & ~reached & ~allocator.waiting(number)).sum())
         assert n_used == allocator.used_blocks + len(allocator.spare), "used blocks are miscounted"
-        return {"blocks_used": n_used, "blocks_lost": n_lost}
+        n_cold = n_cold_lost = 0
+        for number in self._cold_groups():
+            reached, used = self._reached.of_group(number), allocator.is_used(number)
+            assert used[reached].all(), "a cold slot in use is marked free"
+            n_cold += int(used.sum())
+            n_cold_lost += int((used & ~reached & ~allocator.waiting(number)).sum())
+        assert n_cold == allocator.cold_blocks, "cold slots are miscounted"
+        return {
+            "blocks_used": n_used,
+            "blocks_lost": n_lost + n_cold_lost,
+            "cold_blocks_used": n_cold,
+        }
+
+    def _cold_groups(self) -> list[int]:
+        known = [
+            int(number)
+            for numbers, _ in self._map.present(ALLOCATION, COLD_GROUP)
+            for number in numbers
+        ]
+        return sorted({*known, *self._reached.cold_groups})
 
     def _walk_saved(self, saved: SavedTrees, newer: Trees) -> None:
         """Read what a snapshot refers to and the next newer state does not."""
@@ -135,7 +156,7 @@ class _Walk:
                 f"level {placed.level}, index {placed.index} of tree {placed.tree} of snapshot "
                 f"commit {saved.snapshot.commit}"
             )
-            self._reach(placed.block, n_blocks, what)
+            self._reached.add(placed.block, n_blocks, what)
             self._n_pages += placed.is_page
             self._n_nodes += not placed.is_page
             part = content[: n_blocks * BLOCK_BYTES]
@@ -144,13 +165,6 @@ class _Walk:
             identity = (placed.tree, placed.level, placed.index, placed.version)
             if bound_crc32c(part, store_id, *identity) != placed.crc:
                 raise CorruptionError(f"{what} (block {placed.block}) fails its checksum")
-
-    def _reach(self, block: int, n_blocks: int, what: str) -> None:
-        if block < 0 or block + n_blocks > len(self._reached):
-            raise CorruptionError(f"{what} lies at block {block}, beyond the end of the page file")
-        if self._reached[block : block + n_blocks].any():
-            raise CorruptionError(f"{what} lies at block {block}, which something else uses too")
-        self._reached[block : block + n_blocks] = True
 
     def _walk_tree(self, tree: int) -> None:
         if self._map.entry(tree, self._map.depth(tree), 0)[0] == ABSENT_WORD:
@@ -175,7 +189,7 @@ class _Walk:
         node = self._map._get(tree, level, index)
         assert node is not None
         what = f"map node (tree {tree}, level {level}, index {index}) at block {node.block}"
-        self._reach(node.block, 1, what)
+        self._reached.add(node.block, 1, what)
         self._n_nodes += 1
         if not node.dirty:
             content = self._pager.scratch[:BLOCK_BYTES]
@@ -188,7 +202,7 @@ class _Walk:
         pager = self._pager
         space = pager.spaces[number]
         place = unpack_entry(int(words[0]), int(words[1]))
-        self._reach(place[0], self._blocks_a_slot, f"page {page} of space {space.name!r}")
+        self._reached.add(place[0], self._blocks_a_slot, f"page {page} of space {space.name!r}")
         self._n_pages += 1
         frame = int(space.table.lookup(np.array([page]))[0])
         if frame >= 0 and pager.frames.dirty[frame]:

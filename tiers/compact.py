@@ -6,8 +6,10 @@ on. In their order:
 1. What the bitmaps say is used and no state refers to becomes free.
 2. Pages and map nodes beyond the *cut* are written anew below it, a few at a time. What a snapshot
    refers to stays, so the cut lies above it.
-3. A commit says that the file ends earlier; nothing that it refers to lies beyond.
-4. The file is cut, once that commit is durable in both slots of the root and nobody reads an
+3. Packs of the cold tier of which half or more is gone are packed anew, and files of packs that
+   nothing refers to are removed.
+4. A commit says that the file ends earlier; nothing that it refers to lies beyond.
+5. The file is cut, once that commit is durable in both slots of the root and nobody reads an
    earlier one.
 
 A slot tag may outlive all that, below the cut or where the file grows again. It is no danger to a
@@ -26,16 +28,26 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, RESERVE_BLOCKS, Bitmap, Counts
+from tiers.allocator import (
+    BITMAP_BLOCKS,
+    BLOCK_BYTES,
+    COLD_BLOCK,
+    COLD_GROUP,
+    PACK_BLOCKS,
+    RESERVE_BLOCKS,
+    Bitmap,
+    Counts,
+)
 from tiers.catalogue import Snapshot
+from tiers.cold import Cold
 from tiers.condition import Condition
-from tiers.errors import ClaimTooLargeError, CorruptionError, StoreFullError, StoreIOError
+from tiers.errors import ClaimTooLargeError, StoreFullError, StoreIOError
 from tiers.files import StoreFiles
 from tiers.page_map import ABSENT_WORD, ALLOCATION, FANOUT, FIRST_SPACE, SPACES, unpack_entry
 from tiers.pager import Pager, Request
 from tiers.progress import Progress
+from tiers.reached import Reached
 from tiers.saved_trees import LiveTrees, Placed, SavedTrees, all_only_in, only_in
 from tiers.transaction import Transaction
 
@@ -58,6 +70,8 @@ class Compact:
     blocks_reclaimed : int
         Lost blocks of 4 KiB that became free.
     pages_moved, nodes_moved : int
+    pages_repacked, packs_removed : int
+        Of the cold tier; packs that the commits of this compaction emptied are not counted.
     commits : int
     is_cramped : bool
         Whether it ended before its time, because there was no room left below the cut. Blocks that
@@ -73,6 +87,8 @@ class Compact:
     blocks_reclaimed: int = 0
     pages_moved: int = 0
     nodes_moved: int = 0
+    pages_repacked: int = 0
+    packs_removed: int = 0
     commits: int = 0
     is_cramped: bool = False
     is_cut: bool = False
@@ -94,6 +110,7 @@ class Compaction:
         Holds the I/O lock too.
     claim : callable
         ``claim([(space, pages), ...])``; a write claim.
+    cold : Cold
     progress : callable or None
         In blocks that are moved.
     """
@@ -106,6 +123,7 @@ class Compaction:
         condition: Condition,
         alone: Callable[[], AbstractContextManager[None]],
         claim: Callable[[Sequence[Request]], AbstractContextManager[Any]],
+        cold: Cold,
         progress: Progress | None,
     ) -> None:
         self._pager = pager
@@ -115,6 +133,7 @@ class Compaction:
         self._condition = condition
         self._alone = alone
         self._claim = claim
+        self._cold = cold
         self._progress = progress
         self._per_slot = pager.page_bytes // BLOCK_BYTES
         self._n_done = self._n_total = 0
@@ -138,7 +157,9 @@ class Compaction:
             cut = self._choose_cut(pinned_end)
         if cut < self._allocator.file_blocks:
             self._move_below(cut)
+        self._repack()
         with self._alone():
+            self._remove_dead_packs()
             self._shorten()
             self._cut_file()
         self.report.commits = self._transaction.root.commit - first_commit
@@ -148,9 +169,9 @@ class Compaction:
 
     # What is reached
 
-    def _survey(self) -> tuple[_Reached, int]:
+    def _survey(self) -> tuple[Reached, int]:
         """Return the blocks that some state refers to, and the end of what a snapshot keeps."""
-        reached = _Reached(self._allocator.n_bitmaps)
+        reached = Reached(self._allocator.n_bitmaps, self._allocator.n_cold_groups)
         reached.add(0, self._per_slot, "the header")
         kept_version = self._transaction.catalogue.kept_version
         pinned_end = 0
@@ -160,7 +181,8 @@ class Compaction:
                 n_blocks = self._n_blocks(placed)
                 what = f"level {placed.level}, index {placed.index} of tree {placed.tree}"
                 reached.add(placed.block, n_blocks, what)
-                if placed.tree != ALLOCATION and placed.version <= kept_version:
+                is_kept = placed.tree != ALLOCATION and placed.version <= kept_version
+                if is_kept and placed.block < COLD_BLOCK:
                     pinned_end = max(pinned_end, placed.block + n_blocks)
         return reached, pinned_end
 
@@ -194,12 +216,17 @@ class Compaction:
 
     # Lost blocks
 
-    def _reclaim(self, reached: _Reached) -> None:
+    def _reclaim(self, reached: Reached) -> None:
         """Free what is used and not reached, which nothing but this can free."""
         lost: list[tuple[int, Bitmap]] = []
         # All of it before the first change: a change takes blocks that nobody had reached.
         with self._alone():
-            for number in range(self._allocator.n_bitmaps):
+            cold = [
+                int(number)
+                for numbers, _ in self._pager.map.present(ALLOCATION, COLD_GROUP)
+                for number in numbers
+            ]
+            for number in (*range(self._allocator.n_bitmaps), *cold):
                 which = self._allocator.is_used(number) & ~reached.of_group(number)
                 if which.any():
                     lost.append((number, np.packbits(which, bitorder="little")))
@@ -245,7 +272,7 @@ class Compaction:
         try:
             batch: list[Placed] = []
             while part := self._part_of(walk):
-                batch += [placed for placed in part if placed.block >= cut]
+                batch += [placed for placed in part if cut <= placed.block < COLD_BLOCK]
                 while len(batch) >= self._step_items:
                     part, batch = batch[: self._step_items], batch[self._step_items :]
                     self._move(part, cut)
@@ -306,7 +333,7 @@ class Compaction:
     def _is_beyond(self, placed: Placed, cut: int) -> bool:
         """Return whether it is beyond the cut still; whoever moves a child moves its parents."""
         entry = self._pager.map.entry(placed.tree, placed.level, placed.index)
-        return entry[0] != ABSENT_WORD and unpack_entry(*entry)[0] >= cut
+        return entry[0] != ABSENT_WORD and cut <= unpack_entry(*entry)[0] < COLD_BLOCK
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -316,6 +343,56 @@ class Compaction:
             transaction.begin_change()
             yield
             transaction.commit_catalogue(transaction.catalogue)
+
+    # The cold tier
+
+    def _repack(self) -> None:
+        """Pack anew what is left of packs that are half empty, several of them into one."""
+        batch: list[int] = []
+        n_pages = 0
+        for pack, n_used in self._worn_packs():
+            if n_pages + n_used > self._cold.pages_a_pack:
+                self._repack_together(batch)
+                batch, n_pages = [], 0
+            batch.append(pack)
+            n_pages += n_used
+        if len(batch) > 1:
+            self._repack_together(batch)
+
+    def _worn_packs(self) -> list[tuple[int, int]]:
+        """Return packs of which half or less is used, and how many pages of each are."""
+        packs = self._pager.slots.packs
+        found = []
+        with self._alone():
+            for numbers, _ in self._pager.map.present(ALLOCATION, COLD_GROUP):
+                for number in numbers.tolist():
+                    used = self._allocator.is_used(number).reshape(-1, PACK_BLOCKS).sum(axis=1)
+                    for i in np.flatnonzero((used > 0) & (used <= PACK_BLOCKS // 2)).tolist():
+                        pack = packs.pack_of(number * BITMAP_BLOCKS + i * PACK_BLOCKS)
+                        found.append((pack, int(used[i]) // self._per_slot))
+        return found
+
+    def _repack_together(self, packs: list[int]) -> None:
+        try:
+            with self._changing():
+                self.report.pages_repacked += self._cold.repack(packs)
+        except StoreFullError:
+            self.report.is_cramped = True
+
+    def _remove_dead_packs(self) -> None:
+        """Remove files of packs that no state refers to: a crash, or an error, left them behind."""
+        oldest = self._files.oldest_reader()
+        if oldest is not None and oldest < self._transaction.root.commit:
+            return
+        packs = self._pager.slots.packs
+        dead = []
+        for pack in packs.numbers():
+            number, first = divmod(packs.first_block(pack), BITMAP_BLOCKS)
+            if not self._allocator.is_used(number)[first : first + PACK_BLOCKS].any():
+                dead.append(pack)
+        n_left = packs.n_left
+        packs.remove_dead(dead)
+        self.report.packs_removed += len(dead) - (packs.n_left - n_left)
 
     # Cutting
 
@@ -362,30 +439,6 @@ class Compaction:
                     refused.errno, f"cutting {slots.file.path} failed: {refused.strerror}"
                 ) from refused
         self.report.is_cut = True
-
-
-class _Reached:
-    """Which blocks of the page file some state refers to: one bit each, 32 MiB a TiB."""
-
-    def __init__(self, n_groups: int) -> None:
-        self._bits = np.zeros(n_groups * BITMAP_BLOCKS // 8, np.uint8)
-
-    def add(self, block: int, n_blocks: int, what: str) -> None:
-        """Mark blocks; `what` is said of them if they are no blocks, or are marked already."""
-        first, stop = block // 8, -(-(block + n_blocks) // 8)
-        if stop > len(self._bits):
-            raise CorruptionError(f"{what} lies at block {block}, beyond the end of the page file")
-        mask = ((1 << n_blocks) - 1) << (block & 7)
-        taken = np.frombuffer(mask.to_bytes(stop - first, "little"), np.uint8)
-        if (self._bits[first:stop] & taken).any():
-            raise CorruptionError(f"{what} lies at block {block}, which something else uses too")
-        self._bits[first:stop] |= taken
-
-    def of_group(self, number: int) -> npt.NDArray[np.bool_]:
-        """Return which blocks of a group are marked, (32768,)."""
-        first = number * BITMAP_BLOCKS // 8
-        bits = self._bits[first : first + BITMAP_BLOCKS // 8]
-        return np.unpackbits(bits, bitorder="little").view(np.bool_)
 
 
 def _demand(used: Counts, free: Counts, per_slot: int) -> Counts:

@@ -248,6 +248,11 @@ class StoreFiles:
             _close_all(disk, opened)
             raise
 
+    @property
+    def is_published(self) -> bool:
+        """Whether a writer's store is there for others to see."""
+        return self._readers is not None
+
     def is_expired(self) -> bool:
         """Return whether a writer went on without this reader."""
         return self.reader is not None and self.reader.is_expired()

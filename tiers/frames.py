@@ -28,7 +28,7 @@ Indices = npt.NDArray[np.int64]
 POLICY_BYTES_PER_FRAME = 48
 """What the largest eviction policy takes a frame."""
 
-BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 4 * 1 + 8 + 1 + 4 + POLICY_BYTES_PER_FRAME + 36
+BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 5 * 1 + 8 + 1 + 4 + POLICY_BYTES_PER_FRAME + 36
 """The arrays below, the policy's, the list of free frames."""
 
 TOUCHES_MAX = 255
@@ -65,6 +65,8 @@ class Frames:
         First block of that slot.
     writing : bool array
         Its bytes are on their way to the disk and must not change.
+    cold : bool array
+        The page lies in a pack of the cold tier.
     prefetched : bool array
         Fetched ahead, and not demanded since.
     touches : uint8 array
@@ -90,6 +92,7 @@ class Frames:
         self.private = np.zeros(n_frames, np.bool_)
         self.block = np.full(n_frames, -1, np.int64)
         self.writing = np.zeros(n_frames, np.bool_)
+        self.cold = np.zeros(n_frames, np.bool_)
         self.prefetched = np.zeros(n_frames, np.bool_)
         self.touches = np.zeros(n_frames, np.uint8)
         self.arrived = np.zeros(n_frames, np.int32)
@@ -195,7 +198,7 @@ class Frames:
         the sources rest in limbo.
         """
         touches = np.where(targets < self.n_dram, self.touches[sources], 0)
-        for array in (self.dirty, self.private, self.block, self.prefetched):
+        for array in (self.dirty, self.private, self.block, self.cold, self.prefetched):
             array[targets] = array[sources]
         for number in np.unique(self.space[sources]):
             chosen = self.space[sources] == number
@@ -222,6 +225,7 @@ class Frames:
         self.page[frames] = -1
         self.dirty[frames] = False
         self.private[frames] = False
+        self.cold[frames] = False
         self.prefetched[frames] = False
         self._limbo.append((self._epoch, frames.copy()))
         self._epoch += 1
@@ -282,6 +286,7 @@ _ABSENT = {
     "private": False,
     "block": -1,
     "writing": False,
+    "cold": False,
     "prefetched": False,
     "touches": 0,
     "arrived": 0,

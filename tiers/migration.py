@@ -6,7 +6,8 @@ How many is `tiers.watermarks`; which ones, the policies say. A round does, in t
    it where there is no second tier;
 2. pages of CXL memory that were used often enough change places with pages of DRAM that were used
    less;
-3. dirty pages that nobody used lately are written, so that a demand finds clean ones to evict.
+3. dirty pages that nobody used lately are written, so that a demand finds clean ones to evict;
+4. with a cold tier, pages move between it and the page file (`tiers.cooling`).
 
 A page that a claim holds, or that is being written, stays; a frame that a page left rests in limbo
 until every earlier epoch has ended. Claims that wait for their pages go first, before each step.
@@ -23,6 +24,7 @@ import numpy as np
 from tiers.bandwidth import Bandwidth
 from tiers.claims import Claims
 from tiers.condition import Condition
+from tiers.cooling import Cooling
 from tiers.frames import Tier
 from tiers.pager import Indices, Pager
 from tiers.watermarks import Migration, n_swaps
@@ -52,6 +54,7 @@ class Migrator:
     claims : Claims
     condition : Condition
     parameters : Migration
+    cooling : Cooling or None
 
     Attributes
     ----------
@@ -63,11 +66,17 @@ class Migrator:
     """
 
     def __init__(
-        self, pager: Pager, claims: Claims, condition: Condition, parameters: Migration
+        self,
+        pager: Pager,
+        claims: Claims,
+        condition: Condition,
+        parameters: Migration,
+        cooling: Cooling | None = None,
     ) -> None:
         self._pager = pager
         self._claims = claims
         self._condition = condition
+        self._cooling = cooling
         self.parameters = parameters
         self._bandwidth = Bandwidth(parameters.bytes_per_s, parameters.burst_bytes)
         self.bytes_moved = 0
@@ -105,6 +114,7 @@ class Migrator:
             self._forget,
         ):
             self._step(act)
+        self._cool()
         counts = self._pager.counts
         names = ("demoted", "promoted", "evictions", "written_ahead")
         return Moves(*(counts[name] - before[name] for name in names))
@@ -124,6 +134,18 @@ class Migrator:
                 moved_bytes = (self._pages_moved() - before) * pager.page_bytes
                 self._bandwidth.spend(moved_bytes)
                 self.bytes_moved += moved_bytes
+
+    def _cool(self) -> None:
+        """Move pages to and from the cold tier, as a writer who waits for its turn."""
+        condition = self._condition
+        # Each is read and written.
+        n_pages = self._pages_affordable(2)
+        is_fit = not (condition.forked or condition.closed or condition.poison or condition.broken)
+        if self._cooling is None or not is_fit or not n_pages:
+            return
+        moved_bytes = 2 * self._cooling.round(n_pages) * self._pager.page_bytes
+        self._bandwidth.spend(moved_bytes)
+        self.bytes_moved += moved_bytes
 
     def _pages_moved(self) -> int:
         counts = self._pager.counts

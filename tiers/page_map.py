@@ -2,7 +2,8 @@
 
 A node is 4 KiB, 256 entries of 16 bytes, no header::
 
-    bits    0 ..  47   place: tier in the top 4 bits (0 = page file), block of 4 KiB in the other 44
+    bits    0 ..  47   place: tier in the top 4 bits (0 = page file, 1 = cold tier), block of 4 KiB
+                       in the other 44
     bits   48 ..  95   version: number of the commit that wrote the child
     bits   96 .. 127   crc32c of the child, bound to (store, tree, level, index, version)
     all bits one       absent, an explicit mark: a zeroed entry is corruption, not absence
@@ -24,7 +25,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from tiers.allocator import BLOCK_BYTES, Bitmap
+from tiers.allocator import BLOCK_BYTES, COLD_BLOCK, Bitmap
 from tiers.checksum import bound_crc32c
 from tiers.disk import aligned_buffer
 from tiers.errors import CorruptionError
@@ -63,6 +64,14 @@ def blocks_of(entries: Words) -> Indices:
 def versions_of(entries: Words) -> Words:
     """Return the versions in entries (n, 2) that are not absent."""
     return entries[:, 0] >> np.uint64(48) | (entries[:, 1] & np.uint64(0xFFFFFFFF)) << np.uint64(16)
+
+
+def are_private(entries: Words, version: int) -> npt.NDArray[np.bool_]:
+    """Return which entries (n, 2) name a slot of this version that may be rewritten in place.
+
+    A cold slot is written once, whoever wrote it.
+    """
+    return np.asarray((versions_of(entries) == version) & (blocks_of(entries) < COLD_BLOCK))
 
 
 def depth_of(n_objects: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tiers.allocator import BLOCK_BYTES, Allocator
+from tiers.allocator import BLOCK_BYTES, COLD_BLOCK, Allocator
 from tiers.budget import Budget
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, aligned_buffer
@@ -29,10 +29,10 @@ from tiers.page_map import (
     TREE_NUMBERS,
     PageMap,
     Words,
+    are_private,
     depth_of,
     pack_entry,
     unpack_entry,
-    versions_of,
 )
 from tiers.placement import Placement
 from tiers.policies import policy_class
@@ -90,6 +90,7 @@ class Pager:
         self.spaces: dict[int, Space] = {}
         # Asked while something is waited for; the store puts its own question here.
         self.require_usable: Callable[[], None] = lambda: None
+        self.on_evict: Callable[[Indices], None] | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.latencies = Latencies()
         self._link = budget.link
@@ -422,6 +423,8 @@ class Pager:
 
     def evict(self, frames: Indices, *, count: bool = True) -> None:
         """Unmap frames. Mutex held."""
+        if self.on_evict is not None:
+            self.on_evict(frames)
         self.placement.remove(frames)
         self.frames.unmap(self.spaces, frames)
         if count:
@@ -451,7 +454,9 @@ class Pager:
             self.frames.dirty[frames] = False
             self.frames.private[frames] = False
             for i, (block, version, _) in zip(stored, places, strict=True):
-                if version == self.map.version:
+                if block >= COLD_BLOCK:
+                    self.frames.cold[frames[i]] = True
+                elif version == self.map.version:
                     self.frames.private[frames[i]] = True
                     self.frames.block[frames[i]] = block
 
@@ -471,16 +476,15 @@ class Pager:
         for space, pages in requests:
             tree = FIRST_SPACE + space.number
             entries = self.map.lookup(tree, pages)
-            present = entries[:, 0] != ABSENT_WORD
-            fresh = pages[~present | (versions_of(entries) != self.map.version)]
+            fresh = pages[~are_private(entries, self.map.version)]
             n_slots += len(fresh)
             n_blocks += self.map.count_private_needed(tree, fresh) if len(fresh) else 0
         self.allocator.ensure(n_slots, n_blocks + self.allocation_bound(2 * n_slots + 2 * n_blocks))
 
     def allocation_bound(self, n_changes: int) -> int:
         """Return the most blocks that so many changes of bitmaps can make private."""
-        n_bitmaps = min(self.allocator.n_bitmaps + 2, n_changes)
-        return 2 * n_bitmaps + self.map.depth(ALLOCATION) + 4
+        n_bitmaps = self.allocator.n_bitmaps + self.allocator.n_cold_groups + 2
+        return 2 * min(n_bitmaps, n_changes) + 2 * self.map.depth(ALLOCATION) + 4
 
     def make_pages_private(self, requests: list[Request], frames_of: list[Indices]) -> None:
         """Give each page that has none a slot of this transaction. I/O lock held, room ensured."""
@@ -496,6 +500,7 @@ class Pager:
             self.free_pages(old[old[:, 0] != ABSENT_WORD])
             with self.mutex:
                 self.frames.private[frames[fresh]] = True
+                self.frames.cold[frames[fresh]] = False
                 self.frames.dirty[frames[fresh]] = True
                 self.frames.block[frames[fresh]] = blocks
                 self.counts["dirtied"] += int(fresh.sum())

@@ -10,7 +10,9 @@ import numpy.typing as npt
 
 from tiers.budget import Budget
 from tiers.claims import Claims
+from tiers.cold import Cold
 from tiers.condition import Condition
+from tiers.cooling import Cooling
 from tiers.daemon import Daemon
 from tiers.disk import Bytes
 from tiers.migration import Migrator
@@ -34,6 +36,7 @@ class Residence:
     _claims: Claims
     _sections: Sections
     _transaction: Transaction
+    _cold: Cold
 
     @property
     def arena(self) -> Bytes:
@@ -69,6 +72,66 @@ class Residence:
         ((_, pages),) = self._pager.checked([(space, pages)])
         return self._claims.fetch(space, pages)
 
+    def demote(self, space: Space, pages: Indices) -> int:
+        """Move stored pages to the cold tier, as part of the open transaction.
+
+        They are written into packs, which are durable when this returns, and live there from the
+        next commit on; `abort` leaves them where they were. Their slots are free when no snapshot
+        and no reader needs them. A cold page reads like any other, slower.
+
+        Parameters
+        ----------
+        space : Space
+        pages : int64 array
+            Strictly ascending. Passed over is what is not stored, is cold, or was written since the
+            last commit.
+
+        Returns
+        -------
+        int
+            How many moved.
+
+        Raises
+        ------
+        PageIndexError, SpaceError
+        CorruptionError
+            If a page is not what was written. What was moved before it stays so.
+        StoreFullError
+            If the cold budget, or the disk, is full.
+        UncommittedError
+            While the store is being created.
+        StoreIOError
+        """
+        self._condition.require_writable()
+        return self._cold.demote(self._pager.checked([(space, pages)]))
+
+    def promote(self, space: Space, pages: Indices) -> int:
+        """Move pages of the cold tier to slots of the page file, as part of the open transaction.
+
+        Parameters
+        ----------
+        space : Space
+        pages : int64 array
+            Strictly ascending; passed over is what is not cold.
+
+        Returns
+        -------
+        int
+            How many moved.
+
+        Raises
+        ------
+        PageIndexError, SpaceError, CorruptionError, StoreFullError, StoreIOError
+        """
+        with self._sections.changing("a promotion"):
+            return self._cold.promote(self._pager.checked([(space, pages)]))
+
+    def is_cold(self, space: Space, pages: Indices) -> npt.NDArray[np.bool_]:
+        """Return which of these pages are in the cold tier."""
+        ((_, pages),) = self._pager.checked([(space, pages)])
+        with self._sections.doing_io("looking for cold pages"):
+            return self._cold.is_cold(space, pages)
+
     def resize(self, budget: Budget | str | int) -> None:
         """Go on with another budget, whatever is claimed or read meanwhile.
 
@@ -96,15 +159,25 @@ class Residence:
             return {
                 "commit": self._transaction.root.commit,
                 **self._transaction.counts,
-                **collect(self._pager, self._claims, self.migrator),
+                **collect(self._pager, self._claims, self.migrator, self._cold),
             }
 
     def _migrate(self, migration: Migration | None) -> None:
         """Make a migrator, if there is to be one."""
         self._daemon = None
-        self.migrator = (
-            Migrator(self._pager, self._claims, self._condition, migration) if migration else None
-        )
+        self.migrator = None
+        if migration is None:
+            return
+        cooling = None
+        if self.budget.cold_bytes is not None and not self._condition.read_only:
+            cooling = Cooling(
+                self._pager,
+                self._transaction,
+                self._cold,
+                self._sections.alone,
+                migration,
+            )
+        self.migrator = Migrator(self._pager, self._claims, self._condition, migration, cooling)
 
     def _start_migration(self) -> None:
         """Let the migrator be ticked, unless somebody else does that."""

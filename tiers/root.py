@@ -28,7 +28,9 @@ from tiers.errors import CorruptionError, FormatVersionError, NotAStoreError
 BLOCK_BYTES = 4096
 ROOT_FILE_BYTES = 4 * BLOCK_BYTES
 FORMAT_VERSION = 2
-FORMATS_READ = (1, 2)
+FORMAT_VERSION_COLD = 3
+"""Of stores that have, or once had, pages in the cold tier; otherwise the same."""
+FORMATS_READ = (1, 2, 3)
 MAGIC = b"dpncroot"
 ABANDONED_MAX = 32
 VERSIONS_A_PROCESS = 1 << 20
@@ -90,6 +92,8 @@ class Root:
         were rolled back.
     has_tags : bool
         Whether the page file has slot tags (see `tiers.tags`); stores of format 1 have none.
+    has_cold : bool
+        Whether pages may lie in the cold tier.
     is_clean : bool
         Whether the process that wrote this root ended with no transaction begun.
     outline : bytes
@@ -114,6 +118,7 @@ class Root:
     used_blocks: int | None
     abandoned: tuple[Range, ...] = ()
     has_tags: bool = True
+    has_cold: bool = False
     is_clean: bool = False
     outline: bytes = b""
     damaged_copies: list[int] = field(default_factory=list)
@@ -128,7 +133,8 @@ class Root:
         """Return both copies, 8 KiB."""
         assert len(self.abandoned) <= ABANDONED_MAX and len(self.outline) <= OUTLINE_BYTES_MAX
         block = bytearray(BLOCK_BYTES)
-        _HEAD.pack_into(block, 0, MAGIC, FORMAT_VERSION, 0)
+        format_version = FORMAT_VERSION_COLD if self.has_cold else FORMAT_VERSION
+        _HEAD.pack_into(block, 0, MAGIC, format_version, 0)
         _BODY.pack_into(
             block,
             _HEAD.size,
@@ -157,7 +163,7 @@ class Root:
         for i, versions in enumerate(self.abandoned):
             _RANGE.pack_into(block, _ABANDONED_OFFSET + i * _RANGE.size, *versions)
         block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + len(self.outline)] = self.outline
-        _HEAD.pack_into(block, 0, MAGIC, FORMAT_VERSION, google_crc32c.value(bytes(block)))
+        _HEAD.pack_into(block, 0, MAGIC, format_version, google_crc32c.value(bytes(block)))
         return np.frombuffer(bytes(block) * 2, np.uint8).copy()
 
 
@@ -232,6 +238,7 @@ def _decode_copy(block: bytes) -> Root | int | None:
         _RANGE.unpack_from(block, _ABANDONED_OFFSET + i * _RANGE.size) for i in range(n_abandoned)
     )
     root.has_tags = bool(flags & _HAS_TAGS)
+    root.has_cold = version >= FORMAT_VERSION_COLD
     root.is_clean = bool(flags & _IS_CLEAN)
     root.outline = block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + n_outline]
     return root
@@ -265,7 +272,7 @@ def decode_root_file(content: bytes, path: str) -> Root:
     for number in range(4):
         copy = _decode_copy(content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
         if isinstance(copy, int):
-            raise FormatVersionError(path, copy, FORMAT_VERSION)
+            raise FormatVersionError(path, copy, FORMATS_READ[-1])
         if copy is None:
             damaged.append(number)
         elif newest is None or _age(copy) > _age(newest):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, tag_slots
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, COLD_BLOCK, tag_slots
 from tiers.budget import Budget
 from tiers.catalogue import Catalogue, Snapshot, spaces_of
 from tiers.checksum import bound_crc32c
@@ -60,7 +60,8 @@ class Salvage:
     lost : list of str
         What could not be read: ``"meta"``, and ``"attributes"`` if they do not fit into a root,
         which are empty now; ``"tags"``, of slots beyond the end of a page file that was cut short,
-        so that pages that were found by their tags may be older versions.
+        so that pages that were found by their tags may be older versions; ``"packs"``, of the cold
+        tier, of which some say no longer what pages they hold.
     """
 
     commit: int
@@ -241,12 +242,45 @@ def _newest(root: Root, slots: SlotFile, report: Salvage) -> Columns:
         if tag.version <= root.version and not _is_abandoned(root, tag.version)
     )
     # Not by way of a list: a million tuples take ten times the memory of their numbers.
-    columns = np.fromiter(chain.from_iterable(rows), np.int64).reshape(-1, 5).T
+    columns = np.fromiter(chain.from_iterable(chain(rows, _packed(root, slots, report))), np.int64)
+    columns = columns.reshape(-1, 5).T
     columns = columns[:, np.lexsort((columns[VERSION], columns[PAGE], columns[SPACE]))]
     is_last = np.append(_changes(columns), np.ones(min(1, columns.shape[1]), np.bool_))
     last = np.flatnonzero(is_last)
     newest_version = columns[VERSION, last[np.searchsorted(last, np.arange(columns.shape[1]))]]
-    return columns[:, columns[VERSION] == newest_version]
+    columns = columns[:, columns[VERSION] == newest_version]
+    return columns[:, ~_is_second_choice(columns)]
+
+
+def _is_second_choice(columns: Columns) -> npt.NDArray[np.bool_]:
+    """Return which columns are of packs though a slot has the same version of their page.
+
+    What a transaction wrote of a page that it had moved lies in a slot.
+    """
+    is_first = np.append(np.ones(min(1, columns.shape[1]), np.bool_), _changes(columns))
+    of_page = np.cumsum(is_first) - 1
+    is_slot = columns[BLOCK] < COLD_BLOCK
+    has_slot = np.zeros(len(columns[BLOCK]), np.bool_)
+    has_slot[of_page[is_slot]] = True
+    return np.asarray(~is_slot & has_slot[of_page])
+
+
+def _packed(
+    root: Root, slots: SlotFile, report: Salvage
+) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield what the packs of the cold tier say of their pages, like tags."""
+    packs, per_slot = slots.packs, root.page_bytes // BLOCK_BYTES
+    for pack in packs.numbers():
+        try:
+            ids = packs.ids(pack)
+        except (CorruptionError, StoreIOError):
+            if "packs" not in report.lost:
+                report.lost.append("packs")
+            continue
+        for slot, (space, page, version, crc) in enumerate(ids.tolist()):
+            is_committed = 0 < version <= root.version and not _is_abandoned(root, version)
+            if is_committed and max(space, page) < 1 << 63:
+                yield packs.first_block(pack) + slot * per_slot, space, page, version, crc
 
 
 def _is_abandoned(root: Root, version: int) -> bool:

@@ -6,6 +6,8 @@
                            the rest of slot 0 is unused
     byte page_bytes * n    slot n: one page, or blocks of 4 KiB that hold map nodes
 
+Blocks from `COLD_BLOCK` on are read from the packs of the cold tier beside it (`tiers.packs`).
+
 Pages are read and written past the page cache where the file system allows it (O_DIRECT). What the
 operating system refuses becomes a typed error here; what comes back is not trusted, its reader
 checks it.
@@ -21,9 +23,10 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from tiers.allocator import BLOCK_BYTES
+from tiers.allocator import BLOCK_BYTES, COLD_BLOCK
 from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
+from tiers.packs import COLD_NAME, Packs
 from tiers.root import FORMAT_VERSION, FORMATS_READ
 from tiers.transfer import IN_FLIGHT
 
@@ -45,6 +48,11 @@ class SlotFile:
     page_bytes : int
     size_bytes_max : int or None
         The NVMe budget.
+
+    Attributes
+    ----------
+    packs : Packs
+        The cold tier.
     """
 
     def __init__(self, disk: Disk, file: File, page_bytes: int, size_bytes_max: int | None) -> None:
@@ -55,6 +63,7 @@ class SlotFile:
         self.bytes_read = 0
         self.bytes_written = 0
         self.n_syncs = 0
+        self.packs = Packs(disk, file.path.parent / COLD_NAME, page_bytes)
 
     @classmethod
     def create(
@@ -115,7 +124,19 @@ class SlotFile:
         return slots
 
     def size_blocks(self) -> int:
-        return self._disk.size(self.file) // BLOCK_BYTES
+        """Return how many whole blocks the file has.
+
+        Raises
+        ------
+        StoreIOError
+            If the operating system refuses.
+        """
+        try:
+            return self._disk.size(self.file) // BLOCK_BYTES
+        except OSError as refused:
+            raise StoreIOError(
+                refused.errno, f"looking at {self.file.path} failed: {refused.strerror}"
+            ) from refused
 
     def read_blocks(
         self, blocks: Sequence[int], buffers: Sequence[Bytes], *, in_flight: int = IN_FLIGHT
@@ -125,10 +146,15 @@ class SlotFile:
         Raises
         ------
         CorruptionError
-            If the file ends before.
+            If the file ends before, or a pack is damaged.
         StoreIOError
             If the operating system refuses.
         """
+        if blocks and max(blocks) >= COLD_BLOCK:
+            hot = [i for i, block in enumerate(blocks) if block < COLD_BLOCK]
+            cold = [i for i, block in enumerate(blocks) if block >= COLD_BLOCK]
+            self.packs.read([blocks[i] for i in cold], [buffers[i] for i in cold])
+            blocks, buffers = [blocks[i] for i in hot], [buffers[i] for i in hot]
         try:
             self._disk.read_batch(
                 self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight

@@ -169,6 +169,7 @@ class Snapshots(Mapping[str, int]):
                     saved.catalogue,
                     snapshots={key: one for key, one in self._named.items() if key not in newer},
                     next_space=transaction.catalogue.next_space,
+                    next_pack=transaction.catalogue.next_pack,
                 )
                 transaction.go_to(target, catalogue)
                 self._pager.allocator.kept_version = catalogue.kept_version

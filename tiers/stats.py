@@ -6,12 +6,13 @@ from typing import Any
 
 from tiers.allocator import BLOCK_BYTES
 from tiers.claims import Claims
+from tiers.cold import Cold
 from tiers.frames import Tier
 from tiers.migration import Migrator
 from tiers.pager import Pager
 
 
-def collect(pager: Pager, claims: Claims, migrator: Migrator | None) -> dict[str, Any]:
+def collect(pager: Pager, claims: Claims, migrator: Migrator | None, cold: Cold) -> dict[str, Any]:
     """Return counters by tier, sizes in bytes; see `Store.stats`. Mutex held.
 
     A tier's `hits` are distinct pages a batch, found there; those of the page file are pages that
@@ -48,6 +49,7 @@ def collect(pager: Pager, claims: Claims, migrator: Migrator | None) -> dict[str
                 "write_amplification": written_bytes / dirtied_bytes if dirtied_bytes else None,
                 "syncs": pager.slots.n_syncs,
             },
+            "cold": _cold(pager, cold),
         },
         "migration": _migration(pager, migrator),
     }
@@ -85,6 +87,19 @@ def _cxl(pager: Pager) -> dict[str, Any] | None:
         "emulated_s": pager.placement.emulated_ns / 1e9,
         "latency_ns": link.latency_ns,
         "bandwidth_bytes_s": link.bandwidth_bytes_s,
+    }
+
+
+def _cold(pager: Pager, cold: Cold) -> dict[str, Any]:
+    packs = pager.slots.packs
+    return {
+        "budget_bytes": cold.size_bytes_max,
+        "page_bytes": pager.allocator.cold_blocks * BLOCK_BYTES,
+        "hits": packs.n_read,
+        "bytes_read": packs.bytes_read,
+        "bytes_written": packs.bytes_written,
+        "packs_left": packs.n_left,
+        **cold.counts,
     }
 
 

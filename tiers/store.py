@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tiers.budget import Budget
 from tiers.claims import Claim, Claims
+from tiers.cold import Cold
 from tiers.condition import Condition
 from tiers.disk import Disk, OsDisk
 from tiers.errors import (
@@ -72,6 +74,13 @@ class Store(Residence, Upkeep):
         self._claims = Claims(self._pager, self._condition, io)
         self._sections = Sections(self._condition, self._claims, self._pager.map, io)
         self._transaction = Transaction(files, self._pager, self._condition)
+        self._cold = Cold(
+            self._pager,
+            self._transaction,
+            partial(self._sections.changing, "a move to the cold tier"),
+            partial(self.claim, write=True),
+            budget.cold_bytes,
+        )
         self.snapshots = Snapshots(self._transaction, self._pager, self._sections.alone)
         for spec in new_spaces:
             self._transaction.add_space(spec)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES
+from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, PACK_BLOCKS
 from tiers.catalogue import Catalogue, Snapshot
 from tiers.condition import Condition
 from tiers.errors import CorruptionError, PageIndexError, SpaceError, TierError, UncommittedError
@@ -68,6 +68,8 @@ class Transaction:
         self._abandoned: list[Range] = []
         self._rolled_back: list[Range] = []
         self._dropped: dict[int, Space] = {}
+        self._new_packs: list[int] = []
+        self._next_pack = 0
         for number, spec in self.catalogue.spaces.items():
             pager.add_space(Space(number, spec, pager.page_bytes))
         self._begin()
@@ -80,6 +82,7 @@ class Transaction:
         self._rolled_back = []
         self._pager.begin(self.root, self._version)
         self._pager.allocator.kept_version = self.catalogue.kept_version
+        self._count_cold()
         self.is_changed = False
         self._has_discarded = False
 
@@ -111,6 +114,42 @@ class Transaction:
         self._pager.map.add_space(FIRST_SPACE + number, depth_of(space.n_pages))
         self.catalogue = catalogue
         return space
+
+    def reserve_pack(self) -> int:
+        """Return the number of a pack to be written, which nobody else gets.
+
+        Raises
+        ------
+        UncommittedError
+            While the store is being created.
+        """
+        if not self._files.is_published:
+            raise UncommittedError("a store has no cold tier before it is created")
+        self._next_pack = max(self._next_pack, self.catalogue.next_pack) + 1
+        return self._next_pack - 1
+
+    def add_pack(self, number: int) -> None:
+        """Let a pack that is durable belong to the open transaction."""
+        self._new_packs.append(number)
+        next_pack = max(self.catalogue.next_pack, number + 1)
+        catalogue = replace(self.catalogue, next_pack=next_pack)
+        self.begin_change()
+        self._reserve_pieces(len(catalogue.encode()))
+        self.catalogue = catalogue
+        self._pager.allocator.n_cold_groups = -(-next_pack * PACK_BLOCKS // BITMAP_BLOCKS)
+        # An abort must leave its version behind: a salvage believes what packs say of themselves.
+        self._pager.has_written_tags = True
+
+    def _count_cold(self) -> None:
+        allocator, catalogue = self._pager.allocator, self.catalogue
+        allocator.cold_blocks = catalogue.cold_blocks
+        allocator.n_cold_groups = -(-catalogue.next_pack * PACK_BLOCKS // BITMAP_BLOCKS)
+
+    def remove_dead_packs(self) -> None:
+        """Remove the packs that nobody can refer to any more. I/O lock held."""
+        allocator, packs = self._pager.allocator, self._pager.slots.packs
+        blocks, allocator.dead_packs = allocator.dead_packs, []
+        packs.remove_dead([packs.pack_of(block) for block in blocks])
 
     @contextmanager
     def freeing(self) -> Iterator[None]:
@@ -220,6 +259,8 @@ class Transaction:
     def commit_catalogue(self, catalogue: Catalogue) -> Root:
         """Make the transaction durable with this catalogue, even if nothing else has changed."""
         pager, allocator = self._pager, self._pager.allocator
+        cold_blocks = allocator.cold_blocks - allocator.waiting_cold_blocks
+        catalogue = replace(catalogue, cold_blocks=cold_blocks)
         content = catalogue.encode()
         with self._condition.guarding("commit"):
             self.begin_change()
@@ -241,6 +282,7 @@ class Transaction:
                 used_blocks=allocator.used_blocks,
                 abandoned=self._abandoned_now(),
                 has_tags=self.root.has_tags,
+                has_cold=catalogue.next_pack > 0,
                 outline=encode_outline(catalogue.outline(), catalogue.attributes),
             )
             self._files.slots.sync()
@@ -251,10 +293,12 @@ class Transaction:
             self._version = root.next_version
             self._abandoned.clear()
             self._dropped.clear()
+            self._new_packs.clear()
             with pager.mutex:
                 pager.frames.private[:] = False
             self._begin()
             allocator.committed(root.commit, self._files.oldest_reader())
+        self.remove_dead_packs()
         return root
 
     def _abandoned_now(self) -> tuple[Range, ...]:
@@ -291,6 +335,8 @@ class Transaction:
             pager.allocator.begin(self.root.file_blocks, self.root.used_blocks)
             self._condition.broken = None
             self.counts["aborts"] += 1
+        new_packs, self._new_packs = self._new_packs, []
+        pager.slots.packs.remove_dead(new_packs)
         if self._version - self.root.next_version >= VERSIONS_A_PROCESS - 2:
             # The next process passes over so many versions and no more.
             self.is_changed = True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiers.claims import Claim, Claims
+from tiers.cold import Cold
 from tiers.condition import Condition
 from tiers.files import StoreFiles
 from tiers.pager import Pager, Request
@@ -33,6 +34,7 @@ class Upkeep(ABC):
     _claims: Claims
     _sections: Sections
     _transaction: Transaction
+    _cold: Cold
 
     @abstractmethod
     def claim(self, requests: Sequence[Request], *, write: bool = False) -> Claim: ...
@@ -127,5 +129,6 @@ class Upkeep(ABC):
                 self._condition,
                 self._sections.alone,
                 partial(self.claim, write=True),
+                self._cold,
                 progress,
             ).run()

@@ -52,6 +52,9 @@ class Migration:
         A page that moved stays so many rounds.
     memory : float
         Half of each page's touches are forgotten after so many accesses for each frame of DRAM.
+    nvme_low, nvme_high : float
+        Shares of the NVMe budget: with more than `nvme_high` of it used, pages become cold until
+        `nvme_low` are. Needs a `Budget` with `nvme` and `cold`.
 
     Raises
     ------
@@ -68,6 +71,8 @@ class Migration:
     touches_min: int = 1
     rest_rounds: int = 1
     memory: float = 1.0
+    nvme_low: float = 0.8
+    nvme_high: float = 0.9
 
     def __post_init__(self) -> None:
         for name in ("pages_max", "burst_bytes", "touches_min", "rest_rounds"):
@@ -81,13 +86,15 @@ class Migration:
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not 0 < value < math.inf:
                 raise MigrationError(f"{name} must be a positive number, not {value!r}")
-        shares = (self.low, self.high)
-        if not all(isinstance(share, (int, float)) for share in shares) or not (
-            0 <= self.low <= self.high <= 0.5
-        ):
-            raise MigrationError(
-                f"0 <= low <= high <= 0.5 must hold, not low {self.low!r} and high {self.high!r}"
-            )
+        for names, most in ((("low", "high"), 0.5), (("nvme_low", "nvme_high"), 1.0)):
+            low, high = (getattr(self, name) for name in names)
+            if not all(isinstance(share, (int, float)) for share in (low, high)) or not (
+                0 <= low <= high <= most
+            ):
+                raise MigrationError(
+                    f"0 <= {names[0]} <= {names[1]} <= {most} must hold, not {names[0]} {low!r} "
+                    f"and {names[1]} {high!r}"
+                )
 
     def n_to_free(self, n_free: int, n_frames: int) -> int:
         """Return how many pages of a tier of `n_frames` should give way."""
