@@ -6,7 +6,7 @@ from dpnc.field import Field, create, open  # noqa: A004 - `dpnc.open` is what u
 from dpnc.head import Head
 from dpnc.lookahead import Prefetch
 from dpnc.optim import SGD, Adam
-from tiers import Budget, TierError
+from tiers import Budget, Migration, TierError
 
 __all__ = [
     "SGD",
@@ -16,6 +16,7 @@ __all__ = [
     "FieldError",
     "HashGrid",
     "Head",
+    "Migration",
     "Prefetch",
     "TierError",
     "create",

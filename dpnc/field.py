@@ -21,15 +21,14 @@ from dpnc.optim import SGD, Adam, optimizer_from_dict
 from dpnc.points import Points, checked_gradient, checked_points
 from dpnc.rows import TrainedRows
 from dpnc.sharing import Sharing
+from dpnc.spaces import spaces_of, write_head
 from dpnc.workers import Workers, default_threads
-from tiers import Budget, Constant, Disk, SpaceSpec, Store, Uniform
+from tiers import Budget, Disk, Migration, Store
 
 Features = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 
 FIELD_FORMAT = 1
-INITIAL_FEATURE = 1e-4
-"""Half width of the uniform initial features (Mueller et al. 2022, section 4)."""
 POINTS_PER_READ = 65536
 POINTS_PER_DECODE = 16384
 POINTS_PER_BACKWARD = 65536
@@ -432,6 +431,7 @@ def create(
     seed: int = 0,
     threads: int | None = None,
     page_size: int = 65536,
+    migration: Migration | None = None,
     disk: Disk | None = None,
 ) -> Field:
     """Make a new field in a new store; durable when this returns.
@@ -455,6 +455,9 @@ def create(
         As many as there are processors when left out.
     page_size : int
         Bytes, a power of two.
+    migration : tiers.Migration, optional
+        Move pages between the tiers ahead of demand; with ``Budget(nvme=..., cold=...)`` to the
+        cold tier too. Results stay the same, bit for bit.
     disk : tiers.Disk, optional
         The operating system when left out.
 
@@ -495,15 +498,16 @@ def create(
         # Refused here, a budget that is too small leaves nothing behind.
         TrainedRows(store, "features", optimizer)
         if head is not None:
-            _write_head(store, head.initial(encoding.n_output_dims, seed))
+            write_head(store, head.initial(encoding.n_output_dims, seed))
         store.commit(attributes={"field": record})
 
     store = Store.create(
         path,
         budget,
         page_size=page_size,
-        spaces=_spaces(encoding, dtype, optimizer, head, seed),
+        spaces=spaces_of(encoding, dtype, optimizer, head, seed),
         prepare=prepare,
+        migration=migration,
         disk=disk,
     )
     try:
@@ -519,6 +523,7 @@ def open(  # noqa: A001 - `dpnc.open` is the name users look for
     budget: Budget | str | int,
     read_only: bool = False,
     threads: int | None = None,
+    migration: Migration | None = None,
     disk: Disk | None = None,
 ) -> Field:
     """Open a field at its last commit; encoding, dtype, optimiser and head come from the store.
@@ -530,6 +535,8 @@ def open(  # noqa: A001 - `dpnc.open` is the name users look for
     read_only : bool
         Any number of readers, or one writer, may have a field open.
     threads : int, optional
+    migration : tiers.Migration, optional
+        See `create`.
     disk : tiers.Disk, optional
 
     Returns
@@ -543,7 +550,7 @@ def open(  # noqa: A001 - `dpnc.open` is the name users look for
     FieldFormatError
         If the store holds no field.
     """
-    store = Store.open(path, budget, read_only=read_only, disk=disk)
+    store = Store.open(path, budget, read_only=read_only, migration=migration, disk=disk)
     try:
         return Field(store, threads)
     except BaseException:
@@ -557,37 +564,3 @@ def _checked_threads(threads: int | None) -> int:
     if type(threads) is not int or threads < 1:
         raise FieldError(f"threads must be an integer of at least 1, not {threads!r}")
     return threads
-
-
-def _spaces(
-    encoding: HashGrid, dtype: str, optimizer: Adam | SGD | None, head: Head | None, seed: int
-) -> list[SpaceSpec]:
-    width = encoding.n_features_per_level
-    initial = Uniform(-INITIAL_FEATURE, INITIAL_FEATURE, seed)
-    spaces = [SpaceSpec("features", dtype, width, encoding.n_rows, initial)]
-    if optimizer is not None and optimizer.state_width(width):
-        spaces.append(
-            SpaceSpec(
-                "features.state",
-                "float32",
-                optimizer.state_width(width),
-                encoding.n_rows,
-                Constant(),
-            )
-        )
-    if head is not None:
-        n_params = head.n_params(encoding.n_output_dims)
-        spaces.append(SpaceSpec("head", "float32", 1, n_params, Constant()))
-        if optimizer is not None and optimizer.state_width(1):
-            spaces.append(
-                SpaceSpec("head.state", "float32", optimizer.state_width(1), n_params, Constant())
-            )
-    return spaces
-
-
-def _write_head(store: Store, params: Features) -> None:
-    space = store.space("head")
-    for page in range(space.n_pages):
-        part = params[page * space.rows_per_page : (page + 1) * space.rows_per_page]
-        with store.claim([(space, np.array([page], np.int64))], write=True) as claim:
-            store.arena[claim.frames[0][0]].view(np.float32)[: len(part)] = part

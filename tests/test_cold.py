@@ -98,7 +98,7 @@ def test_cold_pages_read_right_wherever_they_are_read(tmp_path):
     store.check()
     stats = store.stats()["tiers"]
     assert stats["nvme"]["used_bytes"] < used_bytes - 400 * PAGE
-    assert stats["cold"]["page_bytes"] == 450 * PAGE
+    assert stats["cold"]["used_bytes"] == 450 * PAGE
     assert stats["cold"]["demoted"] == 450
     store.close()
     for read_only in (True, False):
@@ -106,7 +106,7 @@ def test_cold_pages_read_right_wherever_they_are_read(tmp_path):
             space = store.space("pages")
             assert (store.is_cold(space, ALL) == (ALL % 2 == 0)).all()
             assert differing(store, space, ALL) == []
-            assert store.stats()["tiers"]["cold"]["hits"] >= 450
+            assert store.stats()["tiers"]["cold"]["pages_read"] >= 450
     with Store.open(path, BUDGET) as store:
         assert store.scrub().damaged == []
 
@@ -198,7 +198,7 @@ def test_a_promotion_frees_the_pack(tmp_path):
     store.discard(space, 0, N_PAGES)
     store.commit()
     assert packs_of(store).numbers() == []
-    assert store.stats()["tiers"]["cold"]["page_bytes"] == 0
+    assert store.stats()["tiers"]["cold"]["used_bytes"] == 0
     store.check()
     store.close()
 

@@ -16,8 +16,8 @@ def collect(pager: Pager, claims: Claims, migrator: Migrator | None, cold: Cold)
     """Return counters by tier, sizes in bytes; see `Store.stats`. Mutex held.
 
     A tier's `hits` are distinct pages a batch, found there; those of the page file are pages that
-    were not in memory. `stall_s` is what claims waited for pages, summed over claims; latencies are
-    of the reads of one demand, all its pages together.
+    were not in memory, cold ones among them. `stall_s` is what claims waited for pages, summed over
+    claims; latencies are of the reads of one demand, all its pages together.
     """
     counts = pager.counts
     demanded = counts["hits"] + counts["misses"]
@@ -94,8 +94,9 @@ def _cold(pager: Pager, cold: Cold) -> dict[str, Any]:
     packs = pager.slots.packs
     return {
         "budget_bytes": cold.size_bytes_max,
-        "page_bytes": pager.allocator.cold_blocks * BLOCK_BYTES,
-        "hits": packs.n_read,
+        "used_bytes": pager.allocator.cold_blocks * BLOCK_BYTES,
+        "pages_read": packs.n_read,
+        "pages_written": packs.n_written,
         "bytes_read": packs.bytes_read,
         "bytes_written": packs.bytes_written,
         "packs_left": packs.n_left,

@@ -130,10 +130,11 @@ def print_description(document: dict[str, Any]) -> None:
         _table(
             ("tier", "in use", "on disk"),
             (
-                (name, mib(tier["used_bytes"]), mib(tier["file_bytes"]))
+                # Packs are compressed, and not looked at one by one to add up what they take.
+                (name, mib(tier["used_bytes"]), mib(tier.get("file_bytes")))
                 for name, tier in document["stats"]["tiers"].items()
                 # What is in memory is in the memory of this command.
-                if tier is not None and name not in VOLATILE
+                if tier is not None and name not in VOLATILE and tier["used_bytes"]
             ),
         )
     )
@@ -205,9 +206,9 @@ def _initial(initial: dict[str, Any]) -> str:
     return f"{initial['low']:g} to {initial['high']:g}"
 
 
-def mib(size_bytes: int) -> str:
-    """Return a size in MiB, to be read by people."""
-    return f"{size_bytes / MIB:,.1f} MiB"
+def mib(size_bytes: int | None) -> str:
+    """Return a size in MiB, to be read by people; a dash for one that is not known."""
+    return "-" if size_bytes is None else f"{size_bytes / MIB:,.1f} MiB"
 
 
 def _say(line: str) -> None:

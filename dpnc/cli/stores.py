@@ -161,6 +161,11 @@ def compact(store: StorePath, budget: Budget = BUDGET_DEFAULT, json_only: Json =
         f"{store}: {mib(report.file_bytes_before)} before, {mib(report.file_bytes)} now, "
         f"{mib(report.used_bytes)} of them in use"
     )
+    if report.pages_repacked or report.packs_removed:
+        typer.echo(
+            f"cold tier: {report.pages_repacked:,} pages packed anew, "
+            f"{report.packs_removed:,} dead packs removed"
+        )
     if report.is_cramped:
         typer.echo("there was no room to move more; once readers have ended, another run may help")
 
