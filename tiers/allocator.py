@@ -374,8 +374,10 @@ class Allocator:
         What tags take is neither, nor is what was freed and readers of earlier commits hold.
         """
         used = self.is_used(number).reshape(-1, self.blocks_per_slot).sum(axis=1)
-        taken = self._bits(number, self._tree.bitmap(number)).sum(axis=1, dtype=np.int64)
-        return used, self.blocks_per_slot - taken
+        bits = self._bits(number, self._tree.bitmap(number))
+        free = np.zeros(len(used), np.int64)
+        free[: len(bits)] = self.blocks_per_slot - bits.sum(axis=1, dtype=np.int64)
+        return used, free
 
     def end_of_used(self) -> int:
         """Return the block after the last slot in which the bitmaps mark a block as used."""
@@ -506,7 +508,8 @@ class Allocator:
         """Mark blocks as used, in the bitmap and in `bits`, what `_bits` returned for it."""
         chosen = np.zeros_like(bits)
         chosen[rows, columns] = 1
-        bitmap[: BITMAP_BLOCKS // 8] |= np.packbits(chosen.reshape(-1), bitorder="little")
+        packed = np.packbits(chosen.reshape(-1), bitorder="little")
+        bitmap[: len(packed)] |= packed
         self._used += int(chosen.sum())
         self._note(number, bits | chosen)
 
@@ -524,18 +527,24 @@ class Allocator:
         self._free_odd[number] = free_odd
 
     def _bits(self, number: int, bitmap: Bitmap | None) -> npt.NDArray[np.uint8]:
-        """Return bits as (slots, blocks a slot); what cannot be taken counts as used."""
+        """Return bits as (slots, blocks a slot), 1 for what cannot be taken.
+
+        There is nothing to be taken in the slots that are left out at the end of the group.
+        """
+        end = self.file_blocks if self.limit_blocks is None else self.limit_blocks
+        n_blocks = max(0, min(end, self.file_blocks) - number * BITMAP_BLOCKS)
+        n_bits = min(self._round_up(n_blocks), BITMAP_BLOCKS)
+        n_bytes = -(-n_bits // 8)
         if bitmap is None:
-            bits = np.zeros(BITMAP_BLOCKS, np.uint8)
+            bits = np.zeros(n_bits, np.uint8)
         else:
-            bits = np.unpackbits(bitmap[: BITMAP_BLOCKS // 8], bitorder="little")
+            bits = np.unpackbits(bitmap[:n_bytes], bitorder="little")[:n_bits]
         for _, freed in self._held:
             if number in freed:
-                bits |= np.unpackbits(freed[number], bitorder="little")
+                bits |= np.unpackbits(freed[number][:n_bytes], bitorder="little")[:n_bits]
         first, stop = self.reserved(number)
         bits[first:stop] = 1
-        end = self.file_blocks if self.limit_blocks is None else self.limit_blocks
-        bits[max(0, min(end, self.file_blocks) - number * BITMAP_BLOCKS) :] = 1
+        bits[n_blocks:] = 1
         return bits.reshape(-1, self.blocks_per_slot)
 
     def _round_up(self, blocks: int) -> int:
