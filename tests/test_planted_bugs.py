@@ -20,9 +20,9 @@ SEED = 4000
 
 
 def run_power_cuts():
-    for violation in check_images(SEED, 2000):
-        if violation is not None:
-            raise violation
+    for outcome in check_images(SEED, 2000):
+        if outcome.violation is not None:
+            raise outcome.violation
 
 
 def run_machine():

@@ -7,23 +7,28 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_planted_bugs import forget_root_sync, forget_slot_sync
 
 from tiers.errors import NestedClaimError
 from tiers.store import Store
 from tiers.testing import (
     Fault,
     FaultDisk,
+    Outcome,
     PowerCut,
+    RecoveryCheck,
     RecoveryError,
     check_image,
     check_images,
     power_cut,
 )
-from tiers.testing.crash import IMAGES_PER_RECORDING, RecoveryCheck, record_seed
+from tiers.testing.crash import IMAGES_PER_RECORDING, record_seed
+from tiers.testing.footprint import KnownImages
 from tiers.testing.processes import in_processes
 from tiers.testing.workload import Begins, Holds
 
@@ -36,9 +41,98 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.timeout(1200 * SCALE)
 def test_every_image_is_a_committed_state_and_goes_on():
-    images = check_images(SEED, N_IMAGES * SCALE, JOBS)
-    violations = [str(found) for found in images if found is not None]
+    outcomes = list(check_images(SEED, N_IMAGES * SCALE, JOBS))
+    violations = [str(outcome.violation) for outcome in outcomes if outcome.violation is not None]
     assert not violations, "\n".join(violations)
+    assert len(outcomes) == N_IMAGES * SCALE
+    assert sum(outcome.is_distinct for outcome in outcomes) > len(outcomes) // 20
+
+
+@pytest.mark.parametrize("plant", [forget_slot_sync, forget_root_sync])
+def test_as_many_images_see_a_sync_that_is_left_out(monkeypatch, plant):
+    plant(monkeypatch)
+    outcomes = check_images(SEED, N_IMAGES)
+    violation = next(outcome.violation for outcome in outcomes if outcome.violation is not None)
+    assert violation is not None
+    with pytest.raises(RecoveryError, match=re.escape(violation.reason)):
+        check_image(record_seed(violation.seed), violation.k, violation.image)
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + 4))
+def test_an_image_that_is_not_opened_reads_as_one_that_was(monkeypatch, seed):
+    """Opened nevertheless, it gives the store the same bytes in the same order."""
+    recording = record_seed(seed)
+    check = RecoveryCheck(recording)
+    rng = np.random.default_rng(seed)
+    images = rng.integers((len(recording.log.operations) + 1, 1 << 32), size=(150, 2)).tolist()
+    outcomes = [check(k, image) for k, image in images]
+    answers = []
+    read_batch, size = FaultDisk.read_batch, FaultDisk.size
+
+    def watched_read_batch(self, file, offsets, buffers, *, in_flight=1):
+        read_batch(self, file, offsets, buffers, in_flight=in_flight)
+        contents = [buffer.tobytes() for buffer in buffers]
+        answers.append((str(file.path), tuple(int(offset) for offset in offsets), *contents))
+
+    def watched_size(self, file):
+        answers.append((str(file.path), size(self, file)))
+        return answers[-1][1]
+
+    monkeypatch.setattr(FaultDisk, "read_batch", watched_read_batch)
+    monkeypatch.setattr(FaultDisk, "size", watched_size)
+    # The one thing that is drawn, where a store is created anew.
+    monkeypatch.setattr("uuid.uuid4", lambda: uuid.UUID(int=7))
+    known = set()
+    for (k, image), outcome in zip(images, outcomes, strict=True):
+        cut = check._cuts.choose(k, np.random.default_rng(image))
+        for number in recording.allowed(k) or [None]:
+            disk = check._cuts.image(cut)
+            answers[:] = [str(disk.log.base.directories)]
+            if number is None:
+                check._check_creation(disk)
+                break
+            with Store.open("/machine/store", "1536KiB", disk=disk) as store:
+                if recording.states[number].difference(store) is None:
+                    break
+        course = hash((number, *answers))
+        assert outcome.is_distinct == (course not in known)
+        known.add(course)
+    assert 0 < sum(outcome.is_distinct for outcome in outcomes) < 100
+    assert not all(outcome.is_opened for outcome in outcomes)
+
+
+def test_an_image_is_opened_that_differs_from_a_known_one_in_anything_that_is_read():
+    """One byte of what was read, one name, or one finding that is not allowed any more."""
+    recording = record_seed(SEED)
+    k = len(recording.log.operations)
+    number = recording.allowed(k)[0]
+    check = RecoveryCheck(recording)
+    cut = check._cuts.choose(k, np.random.default_rng(0))
+    remains = check._cuts.remains(cut)
+    disk = remains.disk()
+    looks = disk.watch()
+    with Store.open("/machine/store", "1536KiB", disk=disk) as store:
+        assert recording.states[number].difference(store) is None
+    known = KnownImages()
+    known.add(remains, looks, number)
+    assert known.has(remains, [number, number + 1]) and not known.has(remains, [number + 1])
+    seen = {(inode, at) for inode, numbers in looks for at in numbers if remains.has_file(inode)}
+    assert len(seen) > 10
+    for place in seen:
+        other = check._cuts.remains(cut)
+        flipped = bytes([other.chunk(*place)[0] ^ 1]) + other.chunk(*place)[1:]
+        other.chunk = lambda *at, o=other, p=place, f=flipped: (
+            f if at == p else type(o).chunk(o, *at)
+        )
+        assert not known.has(other, [number])
+    other = check._cuts.remains(cut)
+    other.directories[max(other.directories)]["one more"] = 99
+    assert not known.has(other, [number])
+    for inode in {inode for inode, _ in seen}:
+        other = check._cuts.remains(cut)
+        other._changes[inode] = []
+        other._sizes_bytes[inode] = other.size_bytes(inode) + 4096
+        assert not known.has(other, [number])
 
 
 def test_an_image_cut_at_every_operation_of_one_run_is_a_committed_state():
@@ -86,10 +180,27 @@ def command_line(*arguments):
 def test_the_command_line_checks_images_and_counts_them():
     done = command_line("--images", "20", "--seed", "3")
     assert done.returncode == 0, done.stderr
-    assert "20 images" in done.stdout and "0 violations" in done.stdout
+    summary = done.stdout.splitlines()[-1]
+    found = re.fullmatch(
+        r"20 images, (\d+) distinct, (\d+) opened, 0 violations, \d+ images/s, seed 3, \d+ jobs",
+        summary,
+    )
+    assert found and 0 < int(found[1]) <= int(found[2]) <= 20, summary
 
 
-@pytest.mark.parametrize("wrong", [("--images", "-1"), ("--jobs", "0"), ("--images", "many")])
+def test_the_command_line_checks_for_some_minutes():
+    done = command_line("--minutes", "0.001", "--seed", "3", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"{IMAGES_PER_RECORDING} images, ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[("--images", "-1"), ("--jobs", "0"), ("--images", "many"), ("--minutes", "0")],
+        *[("--minutes", "nan"), ("--images", "1", "--minutes", "1")],
+    ],
+)
 def test_the_command_line_refuses_what_makes_no_sense(wrong):
     done = command_line(*wrong)
     assert done.returncode == 2 and wrong[0] in done.stderr
@@ -116,7 +227,7 @@ def test_ctrl_c_ends_every_process_and_says_how_far_it_came():
         finally:
             running.kill()
     assert running.returncode == 130, printed
-    assert re.search(r"\d+ images, 0 violations, .*interrupted", printed), printed
+    assert re.search(r"\d+ images, .* 0 violations, .*interrupted", printed), printed
     assert "Traceback" not in printed
     # The last to go is a helper of multiprocessing that waits for the pipe to close.
     while any(Path(f"/proc/{pid}").exists() for pid in started):
@@ -164,13 +275,24 @@ def in_this_process(work, parts, jobs):
 
 
 def failing(part):
-    yield RecoveryError(part, 2, 3, "not as it must be")
+    violation = RecoveryError(part, 2, 3, "not as it must be")
+    yield Outcome(is_distinct=True, is_opened=True, violation=violation)
 
 
 def test_a_violation_comes_through_from_another_process():
-    (found,) = in_processes(failing, [(1,)], 2)
+    (outcome,) = in_processes(failing, [(1,)], 2)
+    found = outcome.violation
     assert isinstance(found, RecoveryError) and found.seed == 1 and found.k == 2
     assert "--replay 1 2 3" in str(found)
+
+
+def test_without_a_number_images_go_on_until_nobody_asks_for_more(monkeypatch):
+    monkeypatch.setattr("tiers.testing.crash.in_processes", in_this_process)
+    monkeypatch.setattr(RecoveryCheck, "__call__", lambda self, k, image: self.recording.seed)
+    for jobs in (1, 2):
+        images = check_images(SEED, None, jobs)
+        seeds = [next(images) for _ in range(2 * IMAGES_PER_RECORDING + 1)]
+        assert seeds[::IMAGES_PER_RECORDING] == [SEED, SEED + 1, SEED + 2]
 
 
 def test_no_process_is_left_when_the_reader_of_outcomes_stops():

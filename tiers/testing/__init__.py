@@ -11,7 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tiers.testing.clock import VirtualClock
-from tiers.testing.crash import RecoveryCheck, RecoveryError, check_image, check_images, replay
+from tiers.testing.crash import (
+    Outcome,
+    RecoveryCheck,
+    RecoveryError,
+    check_image,
+    check_images,
+    replay,
+)
 from tiers.testing.fault_disk import FaultDisk, PowerCut
 from tiers.testing.faults import Fault
 from tiers.testing.images import PowerCuts, power_cut
@@ -27,6 +34,7 @@ __all__ = [
     "FaultDisk",
     "Log",
     "Model",
+    "Outcome",
     "PowerCut",
     "PowerCuts",
     "Recording",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
 
 import numpy as np
 
 from tiers.errors import NotAStoreError, StoreNotFoundError
 from tiers.store import Store
 from tiers.testing.fault_disk import FaultDisk
+from tiers.testing.footprint import KnownImages
 from tiers.testing.images import PowerCuts
 from tiers.testing.model import State
 from tiers.testing.processes import in_processes
@@ -46,17 +49,33 @@ class RecoveryError(AssertionError):
         return RecoveryError, (self.seed, self.k, self.image, self.reason)
 
 
-def check_images(
-    seed: int, n_images: int, jobs: int = 1
-) -> Generator[RecoveryError | None, None, None]:
+class Outcome(NamedTuple):
+    """What became of one image.
+
+    Attributes
+    ----------
+    is_distinct : bool
+        Whether what a store reads of it, names included, is in no earlier image of its recording.
+    is_opened : bool
+        Distinct ones are opened and read whole, and of the others those that are also used. What a
+        store would find in the rest was found in an earlier one; see `tiers.testing.footprint`.
+    violation : RecoveryError or None
+    """
+
+    is_distinct: bool
+    is_opened: bool
+    violation: RecoveryError | None = None
+
+
+def check_images(seed: int, n_images: int | None, jobs: int = 1) -> Generator[Outcome, None, None]:
     """Record runs from `seed` on and check images of them; yield one outcome an image.
 
     Parameters
     ----------
     seed : int
         The first recording's; the next one has ``seed + 1``.
-    n_images : int
-        `IMAGES_PER_RECORDING` a recording.
+    n_images : int or None
+        `IMAGES_PER_RECORDING` a recording; None goes on until the generator is closed.
     jobs : int
         Processes that share the recordings; with 1 everything happens in this one. Images and the
         order of their outcomes are the same whatever it is.
@@ -66,21 +85,23 @@ def check_images(
     ValueError
         If `n_images` is negative, or `jobs` not positive.
     """
-    if n_images < 0 or jobs < 1:
+    if (n_images is not None and n_images < 0) or jobs < 1:
         raise ValueError(f"n_images is 0 or more and jobs 1 or more, not {n_images} and {jobs}")
-    firsts = range(0, n_images, IMAGES_PER_RECORDING)
-    parts = [
-        (seed + number, min(IMAGES_PER_RECORDING, n_images - first))
-        for number, first in enumerate(firsts)
-    ]
-    if jobs == 1 or len(parts) < 2:
+    sizes = repeat(IMAGES_PER_RECORDING) if n_images is None else _parts_of(n_images)
+    parts = ((seed + number, size) for number, size in enumerate(sizes))
+    if jobs == 1 or (n_images is not None and n_images <= IMAGES_PER_RECORDING):
         for part in parts:
             yield from check_recording(*part)
     else:
         yield from in_processes(check_recording, parts, jobs)
 
 
-def check_recording(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
+def _parts_of(n_images: int) -> Iterator[int]:
+    for first in range(0, n_images, IMAGES_PER_RECORDING):
+        yield min(IMAGES_PER_RECORDING, n_images - first)
+
+
+def check_recording(seed: int, n_images: int) -> Iterator[Outcome]:
     """Record one run and check images of it; yield one outcome an image."""
     check = RecoveryCheck(record_seed(seed))
     length = len(check.recording.log.operations)
@@ -89,11 +110,9 @@ def check_recording(seed: int, n_images: int) -> Iterator[RecoveryError | None]:
         k = int(rng.integers(length + 1))
         image = int(rng.integers(1 << 32))
         try:
-            check(k, image)
+            yield check(k, image)
         except RecoveryError as violation:
-            yield violation
-        else:
-            yield None
+            yield Outcome(is_distinct=True, is_opened=True, violation=violation)
 
 
 def record_seed(seed: int) -> Recording:
@@ -136,21 +155,42 @@ class RecoveryCheck:
     def __init__(self, recording: Recording) -> None:
         self.recording = recording
         self._cuts = PowerCuts(recording.log)
+        self._known = KnownImages()
 
-    def __call__(self, k: int, image: int) -> None:
-        """Check one image, as `check_image` does."""
+    def __call__(self, k: int, image: int) -> Outcome:
+        """Check one image, as `check_image` does, unless what can be read of it is known.
+
+        One in twenty is opened and used in any case.
+        """
         recording = self.recording
-        disk = self._cuts.image(self._cuts.choose(k, np.random.default_rng(image)))
+        remains = self._cuts.remains(self._cuts.choose(k, np.random.default_rng(image)))
+        rng = np.random.default_rng(image)
         allowed = recording.allowed(k)
+        is_used = allowed is not None and rng.random() < USED_SHARE
+        is_known = self._known.has(remains, [None] if allowed is None else allowed)
+        if is_known and not is_used:
+            return Outcome(is_distinct=False, is_opened=False)
+        disk = remains.disk()
         try:
+            looks = disk.watch()
             if allowed is None:
                 self._check_creation(disk)
+                self._known.add(remains, looks, None)
             else:
-                self._check_states(disk, allowed, np.random.default_rng(image))
+                with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
+                    number = self._number_of(store, allowed)
+                    disk.unwatch()
+                    if is_used:
+                        state = recording.states[number].copy()
+                        _use(store, state, rng)
+                self._known.add(remains, looks, number)
+                if is_used:
+                    _use_again(state, disk, rng)
         except Exception as failure:
             raise RecoveryError(
                 recording.seed, k, image, f"{type(failure).__name__}: {failure}"
             ) from failure
+        return Outcome(is_distinct=not is_known, is_opened=True)
 
     def _check_creation(self, disk: FaultDisk) -> None:
         """Before `create` returned there may be no store, but then one can be created."""
@@ -165,33 +205,33 @@ class RecoveryCheck:
             _assert_is(store, State())
             store.check()
 
-    def _check_states(
-        self, disk: FaultDisk, allowed: Sequence[int], rng: np.random.Generator
-    ) -> None:
-        with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
-            state = self._state_of(store, allowed)
-            if rng.random() >= USED_SHARE:
-                return
-            store.check()
-            state.meta = {"step": "after the cut"}
-            if store.spaces:
-                _write_some(store, state, rng)
-            store.commit(meta=state.meta)
-            store.check()
-        with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
-            _assert_is(store, state)
-            if state.snapshots:
-                _use_snapshots(store, state, disk, rng)
-
-    def _state_of(self, store: Store, allowed: Sequence[int]) -> State:
-        """Return a copy of the first of the recorded states that a store, read whole, is in."""
+    def _number_of(self, store: Store, allowed: Sequence[int]) -> int:
+        """Return the first of the recorded states that a store, read whole, is in."""
         differences = []
         for number in allowed:
             difference = self.recording.states[number].difference(store)
             if difference is None:
-                return self.recording.states[number].copy()
+                return number
             differences.append(difference)
         raise AssertionError(f"not a committed state: {differences}")
+
+
+def _use(store: Store, state: State, rng: np.random.Generator) -> None:
+    """Check the store, write some pages and commit."""
+    store.check()
+    state.meta = {"step": "after the cut"}
+    if store.spaces:
+        _write_some(store, state, rng)
+    store.commit(meta=state.meta)
+    store.check()
+
+
+def _use_again(state: State, disk: FaultDisk, rng: np.random.Generator) -> None:
+    """Open the store once more, read it whole, and use its snapshots."""
+    with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
+        _assert_is(store, state)
+        if state.snapshots:
+            _use_snapshots(store, state, disk, rng)
 
 
 def _write_some(store: Store, state: State, rng: np.random.Generator) -> None:

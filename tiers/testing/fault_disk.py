@@ -12,7 +12,7 @@ from typing import Any
 from tiers.disk import Bytes, File, Mode
 from tiers.testing.clock import VirtualClock
 from tiers.testing.faults import Fault, Kind
-from tiers.testing.file_system import FaultFile, FileSystem, os_error
+from tiers.testing.file_system import FaultFile, FileSystem, Look, os_error
 from tiers.testing.log import (
     Betrayal,
     Log,
@@ -25,6 +25,7 @@ from tiers.testing.log import (
     Tree,
     Write,
 )
+from tiers.testing.sparse import chunks_of
 
 __all__ = ["Fault", "FaultDisk", "FaultFile", "Kind", "PowerCut"]
 
@@ -173,6 +174,19 @@ class FaultDisk:
         held.resize(0)
         held.write(0, content)
 
+    def watch(self) -> list[Look]:
+        """Return a list to which every look of a process at the bytes of a file is added from now.
+
+        Looks at names are not in it, nor those past every fault.
+        """
+        with self._system.guard:
+            self._system.looks = []
+            return self._system.looks
+
+    def unwatch(self) -> None:
+        """Add nothing more to the list that `watch` returned."""
+        self._system.looks = None
+
     def twin(self) -> FaultDisk:
         """Return another machine's disk with the same files, nothing open, nothing armed."""
         return FaultDisk(
@@ -218,7 +232,10 @@ class FaultDisk:
     def size(self, file: File) -> int:
         with self._system.guard:
             self._strike("size", file.path)
-            return self._system.tree.files[self._opened(file).inode].size_bytes
+            inode = self._opened(file).inode
+            if self._system.looks is not None:
+                self._system.looks.append((inode, ()))
+            return self._system.tree.files[inode].size_bytes
 
     def read_batch(
         self,
@@ -234,6 +251,9 @@ class FaultDisk:
             opened = self._opened(file)
             content = self._system.tree.files[opened.inode]
             direct = opened.direct
+            if self._system.looks is not None:
+                numbers = chunks_of(offsets, [len(buffer) for buffer in buffers])
+                self._system.looks.append((opened.inode, numbers))
             try:
                 for offset, buffer in zip(offsets, buffers, strict=True):
                     if direct:

@@ -21,6 +21,9 @@ from tiers.testing.log import (
 )
 from tiers.testing.sparse import SparseBytes
 
+Look = tuple[int, tuple[int, ...]]
+"""A file by its inode, and the numbers of chunks of it that were read; its length is looked at."""
+
 
 class FaultFile:
     """An open file of a `FaultDisk`.
@@ -67,6 +70,8 @@ class FileSystem:
         Of all processes.
     n_processes : int
         How many there have been.
+    looks : list of Look or None
+        What processes looked at of the files since it was made a list; None: nobody keeps it.
     """
 
     def __init__(self, base: Tree, capacity_bytes: int | None) -> None:
@@ -76,6 +81,7 @@ class FileSystem:
         self.guard = threading.RLock()
         self.open_files: set[FaultFile] = set()
         self.n_processes = 0
+        self.looks: list[Look] | None = None
         self._next_inode = 1 + max([ROOT_DIRECTORY, *self.tree.files, *self.tree.directories])
 
     # Changing

@@ -7,7 +7,8 @@ less than POSIX allows.
 
 An image is what one replays from the log with the changes that survived, in their order. It is not
 made so: between two syncs the durable content of every file is the same, so it is worked out once,
-and shared; an image replays only the chunks that a surviving change in doubt has touched.
+and shared; an image replays only the chunks that a surviving change in doubt has touched, and those
+only when they are looked at or a disk is made of it.
 """
 
 from __future__ import annotations
@@ -153,11 +154,14 @@ class PowerCuts:
 
     def image(self, cut: Cut) -> FaultDisk:
         """Return the disk that a cut leaves."""
-        files = self._durable_files(cut.k)
-        tree = Tree(
-            {inode: files[inode].copy() for inode in self._inodes(cut.k)},
-            {inode: dict(entries) for inode, entries in self._base.directories.items()},
-        )
+        return self.remains(cut).disk()
+
+    def remains(self, cut: Cut) -> Remains:
+        """Return what a cut leaves, to be looked at before a disk is made of it."""
+        return Remains(self, cut)
+
+    def _directories(self, cut: Cut) -> dict[int, dict[str, int]]:
+        tree = Tree({}, {inode: dict(entries) for inode, entries in self._base.directories.items()})
         for position in self._names:
             if position >= cut.k:
                 break
@@ -165,28 +169,7 @@ class PowerCuts:
             is_new_file = isinstance(operation, Make) and not operation.is_directory
             if not is_new_file and self._survives(position, cut):
                 tree.apply(operation)
-        changed: dict[int, list[int]] = {}
-        for position in sorted(cut.survivors):
-            operation = self._operations[position]
-            if isinstance(operation, Write | Resize):
-                changed.setdefault(operation.inode, []).append(position)
-        for inode, positions in changed.items():
-            self._change(tree.files[inode], self._files[inode], positions, cut)
-            synced_bytes = files[inode].size_bytes
-            if inode in cut.shrunk and tree.files[inode].size_bytes > synced_bytes:
-                tree.files[inode].resize(synced_bytes)
-        return FaultDisk(tree)
-
-    def _change(
-        self, content: SparseBytes, history: _History, positions: Sequence[int], cut: Cut
-    ) -> None:
-        """Make of the durable content of a file what it is with the changes that survived, too."""
-        touched: set[int] = set()
-        for position in positions:
-            touched.update(history.touched(position))
-        content.size_bytes = self._size_bytes(content.size_bytes, history, positions, cut)
-        for chunk in touched:
-            content.put_chunk(chunk, self._chunk(history, chunk, cut))
+        return tree.directories
 
     def _survives(self, position: int, cut: Cut) -> bool:
         return self._durable_from[position] <= cut.k or position in cut.survivors
@@ -279,6 +262,80 @@ class PowerCuts:
 
     def _inodes(self, k: int) -> list[int]:
         return [*self._base.files, *(inode for position, inode in self._makes if position < k)]
+
+
+class Remains:
+    """What a cut leaves, worked out as far as somebody looks at it.
+
+    Parameters
+    ----------
+    cuts : PowerCuts
+    cut : Cut
+
+    Attributes
+    ----------
+    directories : dict of int to dict of str to int
+        Entries of each directory, by inode.
+    """
+
+    def __init__(self, cuts: PowerCuts, cut: Cut) -> None:
+        self._cuts = cuts
+        self._cut = cut
+        self._durable = cuts._durable_files(cut.k)
+        self._inodes = cuts._inodes(cut.k)
+        self._changes: dict[int, list[int]] = {}
+        self._touched: dict[int, set[int]] = {}
+        self._sizes_bytes: dict[int, int] = {}
+        self._chunks: dict[tuple[int, int], bytes] = {}
+        self.directories = cuts._directories(cut)
+        for position in sorted(cut.survivors):
+            operation = cuts._operations[position]
+            if isinstance(operation, Write | Resize):
+                inode = operation.inode
+                self._changes.setdefault(inode, []).append(position)
+                touched = cuts._files[inode].touched(position)
+                self._touched.setdefault(inode, set()).update(touched)
+
+    def has_file(self, inode: int) -> bool:
+        """Return whether there is such a file, with a name or without one."""
+        return inode in self._inodes
+
+    def size_bytes(self, inode: int) -> int:
+        """Return the length of a file."""
+        durable_bytes = self._durable[inode].size_bytes
+        if inode not in self._changes:
+            return durable_bytes
+        if inode not in self._sizes_bytes:
+            self._sizes_bytes[inode] = self._cuts._size_bytes(
+                durable_bytes, self._cuts._files[inode], self._changes[inode], self._cut
+            )
+            if inode in self._cut.shrunk:
+                self._sizes_bytes[inode] = min(self._sizes_bytes[inode], durable_bytes)
+        return self._sizes_bytes[inode]
+
+    def chunk(self, inode: int, number: int) -> bytes:
+        """Return the bytes of one chunk of a file, zeros past its end."""
+        if number not in self._touched.get(inode, ()):
+            return self._durable[inode].chunks.get(number, ZEROS)
+        content = self._chunks.get((inode, number))
+        if content is None:
+            content = self._cuts._chunk(self._cuts._files[inode], number, self._cut)
+            kept_bytes = self.size_bytes(inode) - number * CHUNK_BYTES
+            if kept_bytes < CHUNK_BYTES:
+                content = content[: max(0, kept_bytes)].ljust(CHUNK_BYTES, b"\0")
+            self._chunks[inode, number] = content
+        return content
+
+    def disk(self) -> FaultDisk:
+        """Return a disk that holds it."""
+        tree = Tree({inode: self._durable[inode].copy() for inode in self._inodes})
+        tree.directories = self.directories
+        for inode, touched in self._touched.items():
+            content = tree.files[inode]
+            content.resize(self.size_bytes(inode))
+            for number in touched:
+                content.put_chunk(number, self.chunk(inode, number))
+        return FaultDisk(tree)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -23,7 +23,7 @@ _stop: Event | None = None
 
 
 def in_processes(
-    work: Callable[..., Iterator[Outcome]], parts: Sequence[tuple[Any, ...]], jobs: int
+    work: Callable[..., Iterator[Outcome]], parts: Iterable[tuple[Any, ...]], jobs: int
 ) -> Iterator[Outcome]:
     """Yield what ``work(*part)`` yields for each part in turn.
 
@@ -34,8 +34,8 @@ def in_processes(
     ----------
     work : callable
         A function of a module, as the processes import it.
-    parts : sequence of tuple
-        Arguments of each call.
+    parts : iterable of tuple
+        Arguments of each call; taken as they are needed, so there may be no end to them.
     jobs : int
 
     Raises

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 CHUNK_BYTES = 4096
 ZEROS = bytes(CHUNK_BYTES)
@@ -114,3 +114,12 @@ class SparseBytes:
         if self._is_shared:
             self._chunks = self._chunks.copy()
             self._is_shared = False
+
+
+def chunks_of(offsets: Sequence[int], sizes_bytes: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers of the chunks that pieces of a file lie in, in their order."""
+    numbers: list[int] = []
+    for offset, size_bytes in zip(offsets, sizes_bytes, strict=True):
+        end = offset + size_bytes
+        numbers.extend(range(offset // CHUNK_BYTES, -(-end // CHUNK_BYTES)))
+    return tuple(numbers)
