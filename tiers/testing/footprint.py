@@ -17,9 +17,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from tiers.testing.file_system import Look
-from tiers.testing.images import Remains
+from tiers.testing.images import Answer, Remains
 
-Answer = tuple[int | bytes, ...]
 Finding = int | None
 """The number of the state that a store was in, None for a creation that had not ended."""
 
@@ -37,7 +36,7 @@ class KnownImages:
             # What is in a file that the run made is its own doing.
             if remains.has_file(look[0]):
                 answers = step.answers.setdefault(look, {})
-                step = answers.setdefault(_answer(remains, look), _Step())
+                step = answers.setdefault(remains.answer(look), _Step())
         step.findings.add(finding)
 
     def has(self, remains: Remains, allowed: Collection[Finding]) -> bool:
@@ -49,7 +48,7 @@ class KnownImages:
             if any(finding in allowed for finding in step.findings):
                 return True
             for look, answers in step.answers.items():
-                next_step = answers.get(_answer(remains, look))
+                next_step = answers.get(remains.answer(look))
                 if next_step is not None:
                     steps.append(next_step)
         return False
@@ -70,8 +69,3 @@ def _names(remains: Remains) -> tuple[object, ...]:
         (inode, tuple(sorted(entries.items())))
         for inode, entries in sorted(remains.directories.items())
     )
-
-
-def _answer(remains: Remains, look: Look) -> Answer:
-    inode, numbers = look
-    return (remains.size_bytes(inode), *[remains.chunk(inode, number) for number in numbers])

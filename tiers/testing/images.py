@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from tiers.testing.fault_disk import FaultDisk
+from tiers.testing.file_system import Look
 from tiers.testing.log import (
     Log,
     Make,
@@ -38,6 +39,7 @@ TEAR_BYTES = (16, 512, 4096)
 NEVER = 1 << 62
 
 Mask = npt.NDArray[np.bool_]
+Answer = tuple[int, tuple[bytes, ...]]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class PowerCuts:
         self._doubtful: list[int] = []
         self._names: list[int] = []
         self._makes: list[tuple[int, int]] = []
+        self._directories_after: dict[tuple[int, ...], dict[int, dict[str, int]]] = {}
         self._files = {
             inode: _History(inode, content, self._operations)
             for inode, content in log.base.files.items()
@@ -161,15 +164,19 @@ class PowerCuts:
         return Remains(self, cut)
 
     def _directories(self, cut: Cut) -> dict[int, dict[str, int]]:
-        tree = Tree({}, {inode: dict(entries) for inode, entries in self._base.directories.items()})
-        for position in self._names:
-            if position >= cut.k:
-                break
-            operation = self._operations[position]
-            is_new_file = isinstance(operation, Make) and not operation.is_directory
-            if not is_new_file and self._survives(position, cut):
-                tree.apply(operation)
-        return tree.directories
+        """Return the names that a cut leaves, which many cuts share."""
+        changes = self._names[: bisect_left(self._names, cut.k)]
+        surviving = tuple(position for position in changes if self._survives(position, cut))
+        directories = self._directories_after.get(surviving)
+        if directories is None:
+            entries = {inode: dict(found) for inode, found in self._base.directories.items()}
+            tree = Tree({}, entries)
+            for position in surviving:
+                operation = self._operations[position]
+                if not isinstance(operation, Make) or operation.is_directory:
+                    tree.apply(operation)
+            directories = self._directories_after[surviving] = tree.directories
+        return directories
 
     def _survives(self, position: int, cut: Cut) -> bool:
         return self._durable_from[position] <= cut.k or position in cut.survivors
@@ -275,13 +282,14 @@ class Remains:
     Attributes
     ----------
     directories : dict of int to dict of str to int
-        Entries of each directory, by inode.
+        Entries of each directory, by inode; not to be changed.
     """
 
     def __init__(self, cuts: PowerCuts, cut: Cut) -> None:
         self._cuts = cuts
         self._cut = cut
         self._durable = cuts._durable_files(cut.k)
+        self._known = cuts._era(cut.k).answers
         self._inodes = cuts._inodes(cut.k)
         self._changes: dict[int, list[int]] = {}
         self._touched: dict[int, set[int]] = {}
@@ -326,10 +334,22 @@ class Remains:
             self._chunks[inode, number] = content
         return content
 
+    def answer(self, look: Look) -> Answer:
+        """Return the length of a file, and the bytes of chunks of it."""
+        inode, numbers = look
+        if inode in self._touched and not self._touched[inode].isdisjoint(numbers):
+            return self.size_bytes(inode), tuple(self.chunk(inode, at) for at in numbers)
+        durable = self._known.get(look)
+        if durable is None:
+            chunks = self._durable[inode].chunks
+            durable = self._known[look] = tuple(chunks.get(at, ZEROS) for at in numbers)
+        return self.size_bytes(inode), durable
+
     def disk(self) -> FaultDisk:
         """Return a disk that holds it."""
-        tree = Tree({inode: self._durable[inode].copy() for inode in self._inodes})
-        tree.directories = self.directories
+        files = {inode: self._durable[inode].copy() for inode in self._inodes}
+        # Copied by the disk, as the files are.
+        tree = Tree(files, self.directories)
         for inode, touched in self._touched.items():
             content = tree.files[inode]
             content.resize(self.size_bytes(inode))
@@ -352,12 +372,15 @@ class _Era:
         Those of them that are in doubt after the sync.
     files : dict of int to SparseBytes, or None
         What is durable of every file, those included that are made later; None until asked for.
+    answers : dict of Look to tuple of bytes
+        What is durable in some chunks of a file.
     """
 
     start: int
     n_before: int
     doubtful: list[int]
     files: dict[int, SparseBytes] | None = None
+    answers: dict[Look, tuple[bytes, ...]] = field(default_factory=dict)
 
 
 class _History:
