@@ -17,7 +17,7 @@ from tiers.page_map import (
     Words,
     unpack_entry,
 )
-from tiers.pager import Pager
+from tiers.pager import Indices, Pager
 from tiers.reached import Reached
 from tiers.root import Root
 from tiers.saved_trees import LiveTrees, SavedTrees, Trees, all_only_in
@@ -175,12 +175,13 @@ class _Walk:
         node = self._read_node(tree, level, index)
         words = node.words.copy()
         present = np.flatnonzero(words[:, 0] != ABSENT_WORD)
-        for position in present:
-            child = (index << FANOUT_BITS) + int(position)
+        children = (index << FANOUT_BITS) + present
+        if level == 1 and tree >= FIRST_SPACE:
+            self._read_pages(tree - FIRST_SPACE, children, words[present])
+            return
+        for child in children.tolist():
             if level > 1:
                 self._walk_node(tree, level - 1, child)
-            elif tree >= FIRST_SPACE:
-                self._read_page(tree - FIRST_SPACE, child, words[position])
             elif tree != SPACES:
                 self._read_node(tree, 0, child)
 
@@ -198,13 +199,16 @@ class _Walk:
                 raise CorruptionError(f"{what} is not what was written")
         return node
 
-    def _read_page(self, number: int, page: int, words: Words) -> None:
+    def _read_pages(self, number: int, pages: Indices, words: Words) -> None:
+        space = self._pager.spaces[number]
+        frames = space.table.lookup(pages).tolist()
+        for page, frame, entry in zip(pages.tolist(), frames, words.tolist(), strict=True):
+            self._read_page(space, page, frame, unpack_entry(*entry))
+
+    def _read_page(self, space: Space, page: int, frame: int, place: tuple[int, int, int]) -> None:
         pager = self._pager
-        space = pager.spaces[number]
-        place = unpack_entry(int(words[0]), int(words[1]))
         self._reached.add(place[0], self._blocks_a_slot, f"page {page} of space {space.name!r}")
         self._n_pages += 1
-        frame = int(space.table.lookup(np.array([page]))[0])
         if frame >= 0 and pager.frames.dirty[frame]:
             assert pager.frames.block[frame] == place[0], "the map names another slot"
             return
