@@ -115,7 +115,8 @@ def test_an_image_is_opened_that_differs_from_a_known_one_in_anything_that_is_re
         assert recording.states[number].difference(store) is None
     known = KnownImages()
     known.add(remains, looks, number)
-    assert known.has(remains, [number, number + 1]) and not known.has(remains, [number + 1])
+    assert known.findings(remains, [number, number + 1]) == {number}
+    assert not known.findings(remains, [number + 1])
     seen = {(inode, at) for inode, numbers in looks for at in numbers if remains.has_file(inode)}
     assert len(seen) > 10
     for place in seen:
@@ -123,15 +124,15 @@ def test_an_image_is_opened_that_differs_from_a_known_one_in_anything_that_is_re
         content = other.chunk(*place)
         other._touched.setdefault(place[0], set()).add(place[1])
         other._chunks[place] = bytes([content[0] ^ 1]) + content[1:]
-        assert not known.has(other, [number])
+        assert not known.findings(other, [number])
     other = check._cuts.remains(cut)
     other.directories = {**other.directories, max(other.directories): {"one more": 99}}
-    assert not known.has(other, [number])
+    assert not known.findings(other, [number])
     for inode in {inode for inode, _ in seen}:
         other = check._cuts.remains(cut)
         other._changes[inode] = []
         other._sizes_bytes[inode] = other.size_bytes(inode) + 4096
-        assert not known.has(other, [number])
+        assert not known.findings(other, [number])
 
 
 def test_an_image_cut_at_every_operation_of_one_run_is_a_committed_state():

@@ -22,7 +22,7 @@ IMAGES_PER_RECORDING = 400
 PAGE_BYTES = (4096, 8192, 4096, 65536)
 """Of successive recordings. With 4 KiB a slot is one block; larger ones are broken for nodes."""
 USED_SHARE = 0.05
-"""Of the images: checked, written to, committed and reopened, too; all are opened and read."""
+"""Of the images: opened and read, known or not, and checked, written to, committed and reopened."""
 
 
 class RecoveryError(AssertionError):
@@ -160,14 +160,15 @@ class RecoveryCheck:
     def __call__(self, k: int, image: int) -> Outcome:
         """Check one image, as `check_image` does, unless what can be read of it is known.
 
-        One in twenty is opened and used in any case.
+        One in twenty is opened and used in any case: checked, written to, reopened, read whole.
         """
         recording = self.recording
         remains = self._cuts.remains(self._cuts.choose(k, np.random.default_rng(image)))
         rng = np.random.default_rng(image)
         allowed = recording.allowed(k)
         is_used = allowed is not None and rng.random() < USED_SHARE
-        is_known = self._known.has(remains, [None] if allowed is None else allowed)
+        findings = self._known.findings(remains, [None] if allowed is None else allowed)
+        is_known = bool(findings)
         if is_known and not is_used:
             return Outcome(is_distinct=False, is_opened=False)
         disk = remains.disk()
@@ -178,12 +179,14 @@ class RecoveryCheck:
                 self._known.add(remains, looks, None)
             else:
                 with Store.open(PATH, BUDGET_BYTES, disk=disk) as store:
-                    number = self._number_of(store, allowed)
+                    known = [number for number in allowed if number in findings]
+                    number = known[0] if known else self._number_of(store, allowed)
                     disk.unwatch()
                     if is_used:
                         state = recording.states[number].copy()
                         _use(store, state, rng)
-                self._known.add(remains, looks, number)
+                if not is_known:
+                    self._known.add(remains, looks, number)
                 if is_used:
                     _use_again(state, disk, rng)
         except Exception as failure:

@@ -39,19 +39,20 @@ class KnownImages:
                 step = answers.setdefault(remains.answer(look), _Step())
         step.findings.add(finding)
 
-    def has(self, remains: Remains, allowed: Collection[Finding]) -> bool:
-        """Return whether an image is known, as one in which something allowed is found."""
+    def findings(self, remains: Remains, allowed: Collection[Finding]) -> set[Finding]:
+        """Return what of `allowed` is known to be found in an image; nothing if it is not known."""
         first_step = self._first_steps.get(_names(remains))
         steps = [] if first_step is None else [first_step]
         while steps:
             step = steps.pop()
-            if any(finding in allowed for finding in step.findings):
-                return True
+            found = step.findings.intersection(allowed)
+            if found:
+                return found
             for look, answers in step.answers.items():
                 next_step = answers.get(remains.answer(look))
                 if next_step is not None:
                     steps.append(next_step)
-        return False
+        return set()
 
 
 class _Step:

@@ -62,6 +62,10 @@ class SparseBytes:
         if size_bytes == CHUNK_BYTES and not start:
             target[:] = chunks.get(number, ZEROS)
             return
+        if not start and not size_bytes % CHUNK_BYTES:
+            numbers = range(number, number + size_bytes // CHUNK_BYTES)
+            target[:] = b"".join([chunks.get(number, ZEROS) for number in numbers])
+            return
         done = 0
         while done < size_bytes:
             step = min(CHUNK_BYTES - start, size_bytes - done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,22 +71,30 @@ class Recording:
 
     def allowed(self, k: int) -> list[int] | None:
         """Return which states a cut after `k` operations may leave; None before creation."""
-        allowed: list[int] | None = None
-        for position, label in self._marks:
-            if position >= k:
-                break
-            match label:
-                case Holds(number):
-                    allowed = [number]
-                case Begins(number):
-                    assert allowed is not None
-                    allowed.append(number)
-        return allowed
+        n_marks = bisect_left(self._marks, k)
+        return self._allowed_after[n_marks]
 
     @cached_property
-    def _marks(self) -> list[tuple[int, Any]]:
+    def _marks(self) -> list[int]:
         operations = enumerate(self.log.operations)
-        return [(position, one.label) for position, one in operations if isinstance(one, Mark)]
+        return [position for position, one in operations if isinstance(one, Mark)]
+
+    @cached_property
+    def _allowed_after(self) -> list[list[int] | None]:
+        """What is allowed after so many marks."""
+        allowed: list[list[int] | None] = [None]
+        for position in self._marks:
+            mark = self.log.operations[position]
+            assert isinstance(mark, Mark)
+            match mark.label:
+                case Holds(number):
+                    allowed.append([number])
+                case Begins(number):
+                    assert allowed[-1] is not None
+                    allowed.append([*allowed[-1], number])
+                case _:
+                    allowed.append(allowed[-1])
+        return allowed
 
 
 def record(seed: int, *, n_transactions: int = 12, page_bytes: int = 4096) -> Recording:
