@@ -224,6 +224,8 @@ def _use(store: Store, state: State, rng: np.random.Generator) -> None:
     store.check()
     state.meta = {"step": "after the cut"}
     if store.spaces:
+        if store.stats()["tiers"]["cold"]["used_bytes"]:
+            _move_some(store, rng)
         _write_some(store, state, rng)
     store.commit(meta=state.meta)
     store.check()
@@ -235,6 +237,14 @@ def _use_again(state: State, disk: FaultDisk, rng: np.random.Generator) -> None:
         _assert_is(store, state)
         if state.snapshots:
             _use_snapshots(store, state, disk, rng)
+
+
+def _move_some(store: Store, rng: np.random.Generator) -> None:
+    """Move pages to the cold tier and back, over packs that recovery may have thought dead."""
+    for space in store.spaces:
+        for pages in store.stored_pages(space):
+            store.promote(space, pages[rng.random(len(pages)) < 0.2])
+            store.demote(space, pages[rng.random(len(pages)) < 0.2])
 
 
 def _write_some(store: Store, state: State, rng: np.random.Generator) -> None:

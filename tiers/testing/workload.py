@@ -25,6 +25,7 @@ PATH = Path("/machine/store")
 SYNC: tuple[Kind, ...] = ("sync",)
 SPACES_MAX = 3
 PAGES_A_CLAIM = 12
+PAGES_A_MOVE = 8
 EXTRA_FRAMES = 0
 PAGE_TABLES_BYTES = 2048
 DEEP_PAGES = 25600
@@ -119,6 +120,7 @@ class _Run:
         self.rng = np.random.default_rng(seed)
         self.page_bytes = page_bytes
         self.is_deep = seed % 4 == 1
+        self.has_cold = seed % 3 == 0
         self.budget_bytes = DEEP_BUDGET_BYTES if self.is_deep else tight_budget_bytes(page_bytes)
         self.disk = FaultDisk()
         self.disk.make_directory(PATH.parent)
@@ -135,7 +137,11 @@ class _Run:
         for _ in range(n_transactions):
             for _ in range(self.rng.integers(1, 8 if self.is_deep else 5)):
                 self.change()
+                if self.has_cold and self.rng.random() < 0.3:
+                    self.move()
             self.end()
+            if self.has_cold and self.rng.random() < 0.15:
+                self.compact()
         self.store.close()
         return Recording(self.seed, self.page_bytes, self.disk.log, self.states)
 
@@ -182,6 +188,37 @@ class _Run:
                     content = self.rng.bytes(self.page_bytes)
                     self.store.arena[frame] = np.frombuffer(content, np.uint8)
                     self.model.write(space.name, page, content)
+
+    def move(self) -> None:
+        """Move pages to the cold tier, or back; one in four of these is killed."""
+        space = self.store.spaces[self.rng.integers(len(self.store.spaces))]
+        stored = list(self.store.stored_pages(space))
+        if not stored:
+            return
+        pages = np.concatenate(stored)
+        pages = pages[self.rng.random(len(pages)) < 0.5][:PAGES_A_MOVE]
+        call = self.store.promote if self.rng.random() < 0.25 else self.store.demote
+        if self.rng.random() < 0.25:
+            self.disk.cut_after(int(self.rng.integers(0, 30)))
+        try:
+            call(space, pages)
+        except PowerCut:
+            self.disk.power_off()
+            self.reopen()
+        self.disk.cut_after(None)
+
+    def compact(self) -> None:
+        """Compact, which commits the same state again and again; one in four is killed."""
+        self.store.abort()
+        self.model.abort()
+        if self.rng.random() < 0.25:
+            self.disk.cut_after(int(self.rng.integers(0, 60)))
+        try:
+            self.publish(self.model.committed.copy(), self.store.compact)
+        except PowerCut:
+            self.disk.power_off()
+            self.reopen()
+        self.disk.cut_after(None)
 
     def some_pages(self, space: Space) -> npt.NDArray[np.int64]:
         """Choose pages out of few, so that they are written again; of a deep space far apart."""
