@@ -9,6 +9,12 @@ many were opened.
     python -m tiers.testing --images 1000000 --seed 0
     python -m tiers.testing --minutes 30
     python -m tiers.testing --replay SEED K IMAGE
+
+Other long runs, each with a ``--help`` of its own::
+
+    python -m tiers.testing corruptions --count 100000
+    python -m tiers.testing kills --count 1000
+    python -m tiers.testing stress --seconds 600
 """
 
 from __future__ import annotations
@@ -16,8 +22,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
+from importlib import import_module
 
 from rich.console import Console
 from rich.progress import Progress
@@ -28,6 +36,9 @@ N_IMAGES_DEFAULT = 10_000
 IMAGES_A_STEP = 50
 """Of the progress bar."""
 
+RUNS = {"corruptions": "corruption", "kills": "kills", "stress": "stress"}
+"""Modules of other runs, by the word that begins them."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line.
@@ -37,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     int
         0; 1 if a store did not come back as it must; 130 if Ctrl-C ended it.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0] in RUNS:
+        chosen = import_module(f"tiers.testing.{RUNS[arguments[0]]}")
+        return int(chosen.main(arguments[1:]))
     parser = argparse.ArgumentParser(
         prog="python -m tiers.testing",
         description=__doc__,

@@ -168,6 +168,10 @@ class FaultDisk:
         (byte,) = content.read(offset, 1)
         content.write(offset, bytes([byte ^ mask]))
 
+    def put(self, path: Path, offset: int, content: bytes) -> None:
+        """Put bytes into a file behind the back of whoever uses the disk."""
+        self._system.file_at(path).write(offset, content)
+
     def replace(self, path: Path, content: bytes) -> None:
         """Make a file's bytes `content` behind the back of whoever uses the disk."""
         held = self._system.file_at(path)
