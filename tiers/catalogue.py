@@ -11,11 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiers.errors import CorruptionError, TierError
-from tiers.root import Root, TreeTop
+from tiers.root import CATALOGUE_BYTES_MAX, VERSION_MAX, Root, TreeTop, is_top
 from tiers.space import SpaceSpec
 
-CATALOGUE_BYTES_MAX = 1 << 20
 DEPTH_MAX = 64
+SPACES_MAX = 1 << 31
+"""Numbers of spaces; page tables keep them in 32 bits."""
+WORD_MAX = (1 << 64) - 1
+NOT_A_DOCUMENT = (
+    *(AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError),
+)
+"""What reading a document of another shape raises."""
 
 
 class MetaError(TierError, ValueError):
@@ -61,13 +67,23 @@ class Snapshot:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Snapshot:
-        return cls(
-            int(document["commit"]),
-            int(document["version"]),
-            int(document["catalogue_bytes"]),
-            TreeTop(*(int(word) for word in document["spaces"])),
-            TreeTop(*(int(word) for word in document["catalogue"])),
+        """Return what `to_dict` was given.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If it is none.
+        """
+        found = cls(
+            _integer(document["commit"], VERSION_MAX),
+            _integer(document["version"], VERSION_MAX),
+            _integer(document["catalogue_bytes"], CATALOGUE_BYTES_MAX),
+            TreeTop(*(_integer(word, WORD_MAX) for word in document["spaces"])),
+            TreeTop(*(_integer(word, WORD_MAX) for word in document["catalogue"])),
         )
+        if not (is_top(found.spaces) and is_top(found.catalogue)):
+            raise ValueError(f"no tree begins at {found.spaces} or {found.catalogue}")
+        return found
 
 
 @dataclass
@@ -145,20 +161,42 @@ class Catalogue:
         """
         try:
             document = json.loads(content)
+            spaces, allocated = spaces_of(document["spaces"])
+            # Format 1 knew neither.
+            next_space = document.get("next_space", max(spaces, default=-1) + 1)
+            snapshots = document.get("snapshots", {})
+            for name in ("attributes", "meta"):
+                if not isinstance(document[name], dict):
+                    raise TypeError(f"{name} is no object")
+                _require_plain(name, document[name], depth=0)
+            if not max(spaces, default=-1) < _integer(next_space, SPACES_MAX):
+                raise ValueError(f"space {max(spaces)} is not below {next_space}")
             return cls(
-                *spaces_of(document["spaces"]),
-                # Format 1 knew neither.
-                int(document.get("next_space", _next_number(document["spaces"]))),
-                {
-                    name: Snapshot.from_dict(one)
-                    for name, one in document.get("snapshots", {}).items()
-                },
-                dict(document["attributes"]),
-                dict(document["meta"]),
-                *(int(number, 16) for number in document.get("cold", ("0", "0"))[:2]),
+                spaces,
+                allocated,
+                next_space,
+                {name: Snapshot.from_dict(one) for name, one in snapshots.items()},
+                document["attributes"],
+                document["meta"],
+                *_cold(document.get("cold", ("0", "0"))),
             )
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as broken:
-            raise CorruptionError(f"the catalogue cannot be read: {broken!r}") from broken
+        except NOT_A_DOCUMENT as broken:
+            raise CorruptionError(f"the catalogue cannot be read: {broken!r:.300}") from broken
+
+    @classmethod
+    def from_outline(cls, document: dict[str, Any]) -> Catalogue:
+        """Return what `outline` was given, with attributes if there are any beside it.
+
+        Raises
+        ------
+        CorruptionError
+            If it is none.
+        """
+        try:
+            spaces, allocated = spaces_of(document["spaces"])
+            return cls(spaces, allocated, attributes=dict(document.get("attributes", {})))
+        except NOT_A_DOCUMENT as broken:
+            raise CorruptionError(f"the outline cannot be read: {broken!r:.300}") from broken
 
     def outline(self) -> dict[str, Any]:
         """Return the spaces as a document."""
@@ -174,14 +212,28 @@ class Catalogue:
 
 
 def spaces_of(document: dict[str, Any]) -> tuple[dict[int, SpaceSpec], dict[int, int]]:
-    """Return what `Catalogue.outline` was given: spaces, and pages allocated of each."""
+    """Return what `Catalogue.outline` was given: spaces, and pages allocated of each.
+
+    Raises
+    ------
+    AttributeError, KeyError, TypeError, ValueError, OverflowError
+        If it is none.
+    """
     spaces = {int(number): SpaceSpec.from_dict(spec) for number, spec in document.items()}
-    allocated = {int(number): int(spec.get("allocated", 0)) for number, spec in document.items()}
+    counts = (_integer(spec.get("allocated", 0), 1 << 63) for spec in document.values())
+    allocated = dict(zip(spaces, counts, strict=True))
+    names = {spec.name for spec in spaces.values()}
+    if len(names) < len(spaces) or [str(number) for number in spaces] != list(document):
+        raise ValueError("two spaces have one name, or a space has no number")
+    if not all(0 <= number < SPACES_MAX for number in spaces):
+        raise ValueError(f"spaces have numbers of 0 .. {SPACES_MAX - 1}, not {list(spaces)}")
     return spaces, {number: count for number, count in allocated.items() if count}
 
 
-def _next_number(spaces: dict[str, Any]) -> int:
-    return 1 + max((int(number) for number in spaces), default=-1)
+def _integer(value: object, largest: int) -> int:
+    if type(value) is not int or not 0 <= value <= largest:
+        raise ValueError(f"an integer of 0 .. {largest}, not {value!r:.40}")
+    return value
 
 
 def _require_plain(where: str, value: Any, depth: int) -> None:
@@ -201,3 +253,11 @@ def _require_plain(where: str, value: Any, depth: int) -> None:
             raise MetaError(f"{where} holds {value!r}, which JSON does not know")
     elif value is not None and not isinstance(value, (str, int, bool)):
         raise MetaError(f"{where} holds {value!r}, which JSON does not know")
+
+
+def _cold(numbers: Any) -> tuple[int, int]:
+    """Return the next pack and the used blocks of the cold tier, as `encode` wrote them."""
+    next_pack, cold_blocks = (int(number, 16) for number in numbers)
+    if not 0 <= next_pack <= PACKS_MAX or not 0 <= cold_blocks <= next_pack * PACK_BLOCKS:
+        raise ValueError(f"{cold_blocks} blocks in {next_pack} packs of the cold tier")
+    return next_pack, cold_blocks

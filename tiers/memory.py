@@ -17,10 +17,10 @@ from tiers.errors import BudgetError, SpaceError
 from tiers.frames import BYTES_PER_FRAME_RECORD, POLICY_BYTES_PER_FRAME
 from tiers.page_map import NODES_MIN
 from tiers.page_table import DensePageTable, HashedPageTable
+from tiers.root import PAGE_BYTES_ALLOWED
 from tiers.space import Space, SpaceSpec
 from tiers.tags import Tags
 
-PAGE_BYTES_ALLOWED = tuple(1 << bits for bits in range(12, 21))
 FRAMES_MIN = 8
 """What the corners of one point of one level can need."""
 

@@ -48,6 +48,12 @@ _TAIL_OFFSET = 136
 _ABANDONED_OFFSET = _TAIL_OFFSET + _TAIL.size
 _OUTLINE_OFFSET = _ABANDONED_OFFSET + ABANDONED_MAX * _RANGE.size
 OUTLINE_BYTES_MAX = BLOCK_BYTES - _OUTLINE_OFFSET
+CATALOGUE_BYTES_MAX = 1 << 20
+PAGE_BYTES_ALLOWED = tuple(1 << bits for bits in range(12, 21))
+DEPTH_MAX = 8
+"""Levels of nodes of a tree; with 256 entries each they cover 2^64 objects."""
+VERSION_MAX = (1 << 48) - 1
+"""What an entry of the page map has room for."""
 _HAS_TAGS, _IS_CLEAN = 1, 2
 _UNCOUNTED = (1 << 64) - 1
 TREES = ("allocation", "spaces", "catalogue")
@@ -177,9 +183,19 @@ def encode_outline(spaces: dict[str, Any], attributes: dict[str, Any]) -> bytes:
 
 
 def decode_outline(outline: bytes) -> dict[str, Any]:
-    """Return the document that `encode_outline` was given; its checksum was right."""
-    document = json.loads(zlib.decompress(outline))
-    assert isinstance(document, dict)
+    """Return the document that `encode_outline` was given; its checksum was right.
+
+    Raises
+    ------
+    CorruptionError
+        If it is none.
+    """
+    try:
+        document = json.loads(zlib.decompress(outline))
+    except (zlib.error, ValueError, RecursionError) as broken:
+        raise CorruptionError(f"the outline in the root cannot be read: {broken!r:.300}") from None
+    if not isinstance(document, dict):
+        raise CorruptionError("the outline in the root is no object")
     return document
 
 
@@ -226,7 +242,7 @@ def _decode_copy(block: bytes) -> Root | int | None:
         has_tags=False,
     )
     if version == 1:
-        return root
+        return root if _makes_sense(root) else None
     root.version, root.next_version, root.used_blocks, n_abandoned, n_outline = _TAIL.unpack_from(
         block, _TAIL_OFFSET
     )
@@ -241,7 +257,27 @@ def _decode_copy(block: bytes) -> Root | int | None:
     root.has_cold = version >= FORMAT_VERSION_COLD
     root.is_clean = bool(flags & _IS_CLEAN)
     root.outline = block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + n_outline]
-    return root
+    return root if _makes_sense(root) else None
+
+
+def _makes_sense(root: Root) -> bool:
+    """Return whether a root whose checksum is right says what a store can be.
+
+    Nothing that is read later may take memory or time by a number that nobody asked about.
+    """
+    return (
+        root.page_bytes in PAGE_BYTES_ALLOWED
+        and 0 < root.commit <= VERSION_MAX
+        and 0 < root.version < root.next_version <= VERSION_MAX
+        and root.catalogue_bytes <= CATALOGUE_BYTES_MAX
+        and all(is_top(top) for top in root.trees.values())
+    )
+
+
+def is_top(top: TreeTop) -> bool:
+    """Return whether a tree can begin like this."""
+    words = (top.word0, top.word1)
+    return 1 <= top.depth <= DEPTH_MAX and all(0 <= word < 1 << 64 for word in words)
 
 
 def _age(root: Root) -> tuple[int, int, bool]:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, COLD_BLOCK, tag_slots
 from tiers.budget import Budget
-from tiers.catalogue import Catalogue, Snapshot, spaces_of
+from tiers.catalogue import Catalogue, Snapshot
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, Disk, OsDisk, aligned_buffer
 from tiers.errors import CorruptionError, SalvageError, StoreIOError
@@ -177,7 +177,7 @@ def _outline(root: Root, path: Path, report: Salvage) -> Catalogue:
         )
     outline = decode_outline(root.outline)
     report.lost += ["meta"] if "attributes" in outline else ["meta", "attributes"]
-    return Catalogue(*spaces_of(outline["spaces"]), attributes=dict(outline.get("attributes", {})))
+    return Catalogue.from_outline(outline)
 
 
 def _places(root: Root, slots: SlotFile, trees: SavedTrees, report: Salvage) -> Columns:

@@ -124,6 +124,8 @@ class SavedTrees:
         self._adopted: dict[tuple[int, int, int], Words] = {}
         self.catalogue = catalogue or self._read_catalogue(snapshot.catalogue_bytes)
         for number, spec in self.catalogue.spaces.items():
+            if spec.row_bytes > page_bytes:
+                raise CorruptionError(f"a row of space {spec.name!r} is larger than a page")
             n_pages = -(-spec.n_rows // (page_bytes // spec.row_bytes))
             self._depths[FIRST_SPACE + number] = depth_of(n_pages)
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from tiers.allocator import BLOCK_BYTES
-from tiers.catalogue import Catalogue, Snapshot, spaces_of
+from tiers.catalogue import Catalogue, Snapshot
 from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, Disk, OsDisk, aligned_buffer
 from tiers.errors import (
@@ -190,7 +190,7 @@ class _Scrubber:
 
     def run(self) -> Scrub:
         outline = decode_outline(self._root.outline) if self._root.outline else {"spaces": {}}
-        known = Catalogue(*spaces_of(outline["spaces"]))
+        known = Catalogue.from_outline(outline)
         newer = self._read_state(None, Snapshot.of(self._root), known, None)
         for name, snapshot in reversed(newer.catalogue.snapshots.items()):
             newer = self._read_state(name, snapshot, newer.catalogue, newer)
