@@ -40,7 +40,10 @@ def parse_size(size: str | int) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
         if match is None or match[2].lower() not in _UNITS:
             raise BudgetError(f"a size is a string like '64MiB' or a number of bytes, not {size!r}")
-        size_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+        number = float(match[1]) * _UNITS[match[2].lower()]
+        if not math.isfinite(number):
+            raise BudgetError(f"a size of {len(match[1])} digits is no size: {size!r:.40}...")
+        size_bytes = int(number)
     if size_bytes <= 0:
         raise BudgetError(f"a size must be positive, not {size!r}")
     return size_bytes
