@@ -198,4 +198,5 @@ def _file_name(commit: int, name: str) -> str:
 
 def _commit_of(name: str) -> int:
     digits = name.partition("-")[0]
-    return int(digits) if digits.isdigit() else UNKNOWN_COMMIT
+    # Superscripts are digits, too, and no number.
+    return int(digits) if digits.isdecimal() else UNKNOWN_COMMIT
