@@ -33,6 +33,7 @@ _TAG = struct.Struct("<IIQQII")
 _SLOT = struct.Struct("<Q")
 TAGS_A_BLOCK = BLOCK_BYTES // TAG_BYTES
 CACHED_BLOCKS = 16
+PAGES_MAX = 1 << 63
 SWEEP_BLOCKS = 256
 
 
@@ -180,7 +181,11 @@ class Tags:
 
     def _decode(self, raw: bytes, slot: int) -> Tag | None:
         crc, space, page, version, page_crc, _ = _TAG.unpack(raw)
-        if version == 0 or google_crc32c.value(raw[4:] + self._identity(slot)) != crc:
+        if (
+            version == 0
+            or page >= PAGES_MAX
+            or google_crc32c.value(raw[4:] + self._identity(slot)) != crc
+        ):
             return None
         return Tag(slot * self._per_slot, space, page, version, page_crc)
 
