@@ -54,7 +54,10 @@ def _fits(value: float, dtype: np.dtype[Any]) -> bool:
     if not isinstance(value, (int, float)):
         return False
     if dtype.kind == "f":
-        return math.isfinite(value) and abs(value) <= float(np.finfo(dtype).max)
+        # NaN fails every comparison; an integer may be larger than any float.
+        return abs(value) <= float(np.finfo(dtype).max)
+    if isinstance(value, int):
+        return bool(np.iinfo(dtype).min <= value <= np.iinfo(dtype).max)
     limits = np.iinfo(dtype)
     return math.isfinite(value) and value == int(value) and limits.min <= value <= limits.max
 
@@ -104,8 +107,9 @@ class SpaceSpec:
         if isinstance(self.initial, Uniform):
             if not self.dtype.startswith("float"):
                 raise SpaceError(f"a uniform initial value needs a float dtype, not {self.dtype!r}")
-            if not 0 <= self.initial.seed < 1 << 64:
-                raise SpaceError(f"seed must be in 0 .. 2^64 - 1, not {self.initial.seed}")
+            seed = self.initial.seed
+            if not hasattr(seed, "__index__") or not 0 <= seed < 1 << 64:
+                raise SpaceError(f"seed must be in 0 .. 2^64 - 1, not {seed!r}")
 
     @property
     def row_bytes(self) -> int:
