@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from tiers import Space, Store
-from tiers.errors import NestedClaimError
+from tiers.errors import NestedClaimError, TierError
+from tiers.pager import Pager
+from tiers.testing.stress import GROWTH_BYTES_MAX, Stress
 
 SECONDS = float(os.environ.get("DPNC_THREADS_SECONDS", "8"))
+STRESS_SECONDS = float(os.environ.get("DPNC_STRESS_SECONDS", "20"))
 N_PAGES = 150
 
 
@@ -147,6 +150,25 @@ def test_everything_at_once_for_a_while(tmp_path: Path) -> None:
         for page in range(N_PAGES):
             with store.claim([(space, np.array([page]))]) as claim:
                 assert read_stamp(store.arena[claim.frames[0][0]], page) == model.committed[page]
+
+
+@pytest.mark.timeout(300 + 2 * STRESS_SECONDS)
+def test_readers_writers_and_the_daemon_agree_with_a_locked_model(tmp_path: Path) -> None:
+    stress = Stress(tmp_path, seed=3)
+    report = stress.run(STRESS_SECONDS)
+    assert report.counts["readers: claims compared"] > 0
+    assert report.counts["writer: claims"] > 0
+    assert report.counts["daemon: rounds"] > 0
+    # What is loaded at the beginning counts in a run that is so short.
+    assert report.growth_bytes <= 4 * GROWTH_BYTES_MAX
+
+
+def test_an_abort_that_keeps_pages_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pager, "forget_private", lambda self: None)
+    with pytest.raises((AssertionError, TierError)):
+        Stress(tmp_path, seed=3).run(10 * STRESS_SECONDS)
 
 
 def test_a_thread_that_reads_cannot_wait_for_itself(tmp_path: Path) -> None:

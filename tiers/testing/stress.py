@@ -47,7 +47,7 @@ BUDGET = Budget("640KiB", cxl=CXL_BYTES)
 MIGRATION = Migration(interval_s=0.005, low=0.05, high=0.1)
 SAMPLE_S = 0.25
 EPOCH_PAUSE_S = 0.001
-"""Epochs take no lock that lasts; without a rest their thread would keep the interpreter to itself."""
+"""Without a rest the thread that waits for nothing would keep the interpreter to itself."""
 JOIN_S_MAX = 120.0
 GROWTH_BYTES_MAX = 8 << 20
 SNAPSHOTS_MAX = 3
