@@ -1,11 +1,22 @@
 """The runners catch the bugs that they are there for: each is planted once, and found."""
 
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from test_store_corruption import check_flips, check_silent_writes
 
+import tests.forging
+import tiers.check
 import tiers.page_map
+import tiers.pager
+import tiers.salvage
+import tiers.saved_trees
+import tiers.scrub
+from tests.test_parsers import check_swapped_entries, made
 from tiers.allocator import BITMAP_BLOCKS, Allocator
 from tiers.errors import NestedClaimError, TierError
 from tiers.files import StoreFiles
@@ -13,8 +24,10 @@ from tiers.frames import Frames
 from tiers.page_map import FIRST_SPACE
 from tiers.pager import Pager
 from tiers.root import BLOCK_BYTES, Root
+from tiers.sections import Sections
 from tiers.slots import SlotFile
-from tiers.testing import StoreMachine, check_images
+from tiers.store import Store
+from tiers.testing import FaultDisk, StoreMachine, check_images
 
 SEED = 4000
 
@@ -126,6 +139,75 @@ def believe_map_nodes_unverified(patch):
     patch.setattr(tiers.page_map, "bound_crc32c", lambda *identity: 0)
 
 
+def leave_the_identity_out_of_the_checksum(patch):
+    """Whatever has the right bytes passes: a leaf or page in the place of another one, too."""
+
+    def unbound(content, *identity):
+        return google_crc32c.value(content)
+
+    for module in (
+        *(tiers.page_map, tiers.pager, tiers.saved_trees, tiers.check, tiers.scrub),
+        *(tiers.salvage, tests.forging),
+    ):
+        patch.setattr(module, "bound_crc32c", unbound)
+
+
+def run_swapped_leaves():
+    """Exchange leaves of a store that was made just now, and read it."""
+    made.cache_clear()
+    try:
+        check_swapped_entries()
+    finally:
+        made.cache_clear()
+
+
+def commit_without_waiting_for_writers(patch):
+    class NoLock:
+        def acquire(self):
+            pass
+
+        def release(self):
+            pass
+
+        __enter__ = acquire
+
+        def __exit__(self, *exception):
+            pass
+
+    init = Sections.__init__
+
+    def without(self, *arguments):
+        init(self, *arguments)
+        self.writer = NoLock()
+
+    patch.setattr(Sections, "__init__", without)
+
+
+def run_commit_beside_a_writer():
+    """Change a page in two halves, and let another thread commit between them."""
+    disk = FaultDisk()
+    disk.make_directory(Path("/machine"))
+    path = Path("/machine/store")
+    store = Store.create(path, "2MiB", page_size=4096, disk=disk)
+    space = store.create_space("a", dtype="uint8", row_width=4096, n_rows=4)
+    store.commit()
+    with ThreadPoolExecutor(1) as other:
+        with store.claim([(space, np.array([2]))], write=True) as claim:
+            page = store.arena[claim.frames[0][0]]
+            page[:2048] = 1
+            committed = other.submit(store.commit)
+            # It ends only if it does not wait, and then what it wrote is half a change.
+            wait([committed], 0.5)
+            page[2048:] = 1
+        committed.result()
+    disk.power_off()
+    with Store.open(path, "2MiB", disk=disk) as store:
+        space = store.space("a")
+        with store.claim([(space, np.array([2]))]) as claim:
+            found = store.arena[claim.frames[0][0]]
+            assert (found == found[0]).all(), "a commit wrote half a change"
+
+
 def write_one_root_copy(patch):
     encode = Root.encode
 
@@ -159,6 +241,8 @@ SEEN_AS = {reuse_frames_that_an_epoch_may_read: "a frame was reused too early"}
         (believe_map_nodes_unverified, check_silent_writes),
         (believe_pages_unverified, check_flips),
         (write_one_root_copy, check_flips),
+        (leave_the_identity_out_of_the_checksum, run_swapped_leaves),
+        (commit_without_waiting_for_writers, run_commit_beside_a_writer),
     ],
 )
 def test_a_planted_bug_is_caught(monkeypatch, plant, run):
@@ -169,6 +253,6 @@ def test_a_planted_bug_is_caught(monkeypatch, plant, run):
     assert not isinstance(caught.value, NestedClaimError)
 
 
-@pytest.mark.parametrize("run", [check_silent_writes, check_flips])
+@pytest.mark.parametrize("run", [check_silent_writes, check_flips, run_commit_beside_a_writer])
 def test_without_a_bug_nothing_is_found(run):
     run()
