@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from rich.console import Console
 from rich.progress import track
 
+SECONDS_A_LINE = 60.0
+
 
 class ViolationError(AssertionError):
     """Something is not as it must be; the message says how to see it again.
@@ -60,6 +62,8 @@ def run(
 ) -> int:
     """Show progress and every violation, then a table of what happened.
 
+    Into a file, a line a minute.
+
     Returns
     -------
     int
@@ -69,6 +73,7 @@ def run(
     counts: Counter[str] = Counter()
     n_done = n_violations = 0
     end = ""
+    told = began
     try:
         for outcome in track(outcomes, what, n_wanted, console=console):
             n_done += 1
@@ -76,6 +81,10 @@ def run(
             if outcome.violation is not None:
                 n_violations += 1
                 console.print(str(outcome.violation), markup=False)
+            if not console.is_terminal and time.monotonic() > told + SECONDS_A_LINE:
+                # A bar is drawn for terminals only.
+                told = time.monotonic()
+                console.print(f"{n_done} of {n_wanted} {what}, {n_violations} violations so far")
     except KeyboardInterrupt:
         end = ", interrupted"
         outcomes.close()
