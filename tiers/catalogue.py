@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from tiers.allocator import COLD_BLOCK, PACK_BLOCKS
 from tiers.errors import CorruptionError, TierError
 from tiers.root import CATALOGUE_BYTES_MAX, VERSION_MAX, Root, TreeTop, is_top
 from tiers.space import SpaceSpec
 
 DEPTH_MAX = 64
 SPACES_MAX = 1 << 31
+PACKS_MAX = COLD_BLOCK // PACK_BLOCKS
 """Numbers of spaces; page tables keep them in 32 bits."""
 WORD_MAX = (1 << 64) - 1
 NOT_A_DOCUMENT = (

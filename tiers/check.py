@@ -201,6 +201,10 @@ class _Walk:
 
     def _read_pages(self, number: int, pages: Indices, words: Words) -> None:
         space = self._pager.spaces[number]
+        if pages[-1] >= space.n_pages:
+            raise CorruptionError(
+                f"page {pages[-1]} of space {space.name!r} is one of {space.n_pages}, says the map"
+            )
         frames = space.table.lookup(pages).tolist()
         for page, frame, entry in zip(pages.tolist(), frames, words.tolist(), strict=True):
             self._read_page(space, page, frame, unpack_entry(*entry))

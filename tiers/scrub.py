@@ -389,6 +389,8 @@ class MemoryMender:
                 space = pager.spaces.get(placed.tree - FIRST_SPACE)
                 if space is None or self._is_gone(placed):
                     return True
+                if placed.index >= space.n_pages:
+                    return False
                 with pager.mutex:
                     frame = int(space.table.lookup(pages)[0])
                 # Nobody evicts while the I/O lock is held, nobody writes while the writer's is.
