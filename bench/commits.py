@@ -8,10 +8,10 @@ Three measures, each with its own ratio:
     sequential  --mib MiB are written in order, in commits of 256 MiB; timed is all of it, claims
                 and copies included
 
-The other side writes the same number of pages to as many slots of another file of the same kind
-through the same disk layer, 8 in flight, past the page cache, and calls fdatasync once (for
-`sequential`: once every 256 MiB). Rounds alternate; printed are medians. Syncs of each commit are
-counted.
+The other side writes as many pages to the same places of another file of the same kind (in order
+for `sequential`) through the same disk layer, 8 in flight, past the page cache, and calls fdatasync
+once (for `sequential`: once every 256 MiB). Rounds alternate; printed are medians. Syncs of each
+commit are counted.
 
 For example::
 
@@ -31,7 +31,9 @@ import numpy as np
 
 from bench.sparse_store import PAGE_BYTES, SparseDisk, build
 from tiers import OsDisk, Store
+from tiers.allocator import BLOCK_BYTES
 from tiers.disk import Disk, File, aligned_buffer
+from tiers.page_map import FIRST_SPACE, blocks_of
 
 N_SINGLES = 200
 N_SINGLES_WARM = 10
@@ -82,9 +84,8 @@ def _scattered(directory: Path, n_pages: int, counts: list[int], n_rounds: int) 
                 began = time.perf_counter()
                 store.commit()
                 taken["store"].append(time.perf_counter() - began)
-                # The root is a file of its own, which the page file does not count.
-                syncs.add(store.stats()["tiers"]["nvme"]["syncs"] - n_syncs + 1)
-                taken["raw"].append(_write_raw(disk, raw, pages))
+                syncs.add(store.stats()["tiers"]["nvme"]["syncs"] - n_syncs)
+                taken["raw"].append(_write_raw(disk, raw, _slots_of(store, pages)))
             if count == 1:
                 taken = {name: times[N_SINGLES_WARM:] for name, times in taken.items()}
             ours, theirs = (float(np.median(taken[name])) for name in ("store", "raw"))
@@ -99,17 +100,23 @@ def _scattered(directory: Path, n_pages: int, counts: list[int], n_rounds: int) 
 
 def _raw_file(disk: Disk, path: Path, n_pages: int) -> File:
     file = disk.open(path, "create", direct=True)
-    disk.allocate(file, n_pages * PAGE_BYTES)
+    disk.allocate(file, 2 * n_pages * PAGE_BYTES)
     disk.sync(file)
     return file
 
 
-def _write_raw(disk: Disk, file: File, pages: np.ndarray) -> float:
-    """Write these slots and sync; return the seconds."""
-    content = aligned_buffer(len(pages), PAGE_BYTES)
+def _slots_of(store: Store, pages: np.ndarray) -> list[int]:
+    """Return where the last commit wrote these pages, in bytes."""
+    entries = store._pager.map.lookup(FIRST_SPACE + store.space("pages").number, pages)
+    return (blocks_of(entries) * BLOCK_BYTES).tolist()
+
+
+def _write_raw(disk: Disk, file: File, offsets: list[int]) -> float:
+    """Write these slots of another file and sync; return the seconds."""
+    content = aligned_buffer(len(offsets), PAGE_BYTES)
     content[:] = 7
     began = time.perf_counter()
-    disk.write_batch(file, [int(page) * PAGE_BYTES for page in pages], list(content))
+    disk.write_batch(file, offsets, list(content))
     disk.sync(file)
     return time.perf_counter() - began
 

@@ -506,25 +506,35 @@ class Allocator:
         columns: npt.NDArray[np.int64] | slice,
     ) -> None:
         """Mark blocks as used, in the bitmap and in `bits`, what `_bits` returned for it."""
-        chosen = np.zeros_like(bits)
+        touched = np.unique(rows)
+        slots, odd = self._free_of(bits[touched])
+        n_used = int(bits[touched].sum(dtype=np.int64))
+        bits[rows, columns] = 1
+        self._used += int(bits[touched].sum(dtype=np.int64)) - n_used
+        chosen = np.zeros(bits.size, np.uint8).reshape(bits.shape)
         chosen[rows, columns] = 1
         packed = np.packbits(chosen.reshape(-1), bitorder="little")
         bitmap[: len(packed)] |= packed
-        self._used += int(chosen.sum())
-        self._note(number, bits | chosen)
+        slots_left, odd_left = self._free_of(bits[touched])
+        self._free_slots[number] += slots_left - slots
+        self._free_odd[number] += odd_left - odd
 
     def _summarise(self, number: int, bitmap: Bitmap | None) -> None:
         self._note(number, self._bits(number, bitmap))
 
     def _note(self, number: int, bits: npt.NDArray[np.uint8]) -> None:
-        used = bits.sum(axis=1)
-        free_slots = int((used == 0).sum())
-        free_odd = int(((self.blocks_per_slot - used) * (used > 0)).sum())
+        free_slots, free_odd = self._free_of(bits)
         while number >= len(self._free_slots):
             self._free_slots.append(0)
             self._free_odd.append(0)
         self._free_slots[number] = free_slots
         self._free_odd[number] = free_odd
+
+    def _free_of(self, bits: npt.NDArray[np.uint8]) -> tuple[int, int]:
+        """Count free slots, and free blocks of broken ones, in bits (n, blocks a slot)."""
+        used = bits.sum(axis=1, dtype=np.int64)
+        n_free = int((used == 0).sum())
+        return n_free, bits.size - int(used.sum()) - n_free * self.blocks_per_slot
 
     def _bits(self, number: int, bitmap: Bitmap | None) -> npt.NDArray[np.uint8]:
         """Return bits as (slots, blocks a slot), 1 for what cannot be taken.
@@ -556,4 +566,4 @@ def _unpacked(bits: Bitmap) -> npt.NDArray[np.bool_]:
 
 
 def _count(bits: Bitmap) -> int:
-    return int(np.unpackbits(bits).sum())
+    return int(np.bitwise_count(bits).sum(dtype=np.int64))

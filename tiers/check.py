@@ -201,7 +201,7 @@ class _Walk:
 
     def _read_pages(self, number: int, pages: Indices, words: Words) -> None:
         space = self._pager.spaces[number]
-        if pages[-1] >= space.n_pages:
+        if len(pages) and pages[-1] >= space.n_pages:
             raise CorruptionError(
                 f"page {pages[-1]} of space {space.name!r} is one of {space.n_pages}, says the map"
             )

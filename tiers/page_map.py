@@ -359,14 +359,29 @@ class PageMap:
         return total
 
     def flush(self) -> None:
-        """Write every dirty node, children before parents; the tops then name the whole state."""
-        spaces = sorted({tree for tree, _, _ in self._nodes if tree >= FIRST_SPACE})
+        """Write every dirty node; the tops then name the whole state.
+
+        Children are named before their parents are, and all are written in one batch: what is
+        there after a cut is not referred to before the root is.
+        """
+        waiting: dict[tuple[int, int], list[Node]] = {}
+        for node in self._nodes.values():
+            if node.dirty:
+                waiting.setdefault(node.key[:2], []).append(node)
+        spaces = sorted({tree for tree, _ in waiting if tree >= FIRST_SPACE})
+        flushed: list[Node] = []
         for tree in (*spaces, SPACES, CATALOGUE, ALLOCATION):
             for level in range(self.depth(tree) + 1):
-                self._write_nodes(
-                    [n for n in self._nodes.values() if n.dirty and n.key[:2] == (tree, level)]
-                )
-        assert not any(node.dirty for node in self._nodes.values())
+                for node in waiting.pop((tree, level), ()):
+                    crc = bound_crc32c(node.raw, self._store_id, *node.key, node.version)
+                    named = self._name_child(node, crc)
+                    if named is not None:
+                        waiting.setdefault(named.key[:2], []).append(named)
+                    flushed.append(node)
+        assert not waiting, "a dirty node has a parent that comes before it"
+        self._write_blocks([node.block for node in flushed], [node.raw for node in flushed])
+        for node in flushed:
+            node.dirty = False
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -480,18 +495,22 @@ class PageMap:
             return None
         return self._nodes[SPACES, 1, (tree - FIRST_SPACE) >> FANOUT_BITS]
 
-    def _name_child(self, node: Node, crc: int) -> None:
-        """Write a node's entry where its parent keeps it; the parent is private already."""
+    def _name_child(self, node: Node, crc: int) -> Node | None:
+        """Write a node's entry where its parent keeps it; the parent is private already.
+
+        Returns the parent if only that made it dirty.
+        """
         tree, level, index = node.key
         entry = pack_entry(node.block, node.version, crc)
         parent = self._parent(node)
         if parent is None:
             self.tops[tree].word0, self.tops[tree].word1 = entry
-            return
+            return None
         assert parent.version == self.version
         place = index if level < self.depth(tree) else tree - FIRST_SPACE
         parent.words[place & (FANOUT - 1)] = entry
-        parent.dirty = True
+        was_dirty, parent.dirty = parent.dirty, True
+        return None if was_dirty else parent
 
     def _cover(self, tree: int, index: int) -> None:
         """Add levels on top of a tree of the root until it covers object `index`."""
