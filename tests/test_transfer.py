@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given
@@ -200,6 +201,58 @@ def test_runs_join_neighbours_in_the_order_of_the_file(ends: list[int], random: 
         assert end < after.offset or len(before.buffers) == RUN_BUFFERS_MAX
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@given(pieces_of_blocks, st.randoms(use_true_random=False), st.integers(1, 9))
+def test_rows_are_read_and_summed_as_a_byte_string_says(
+    directory: Path, direct: bool, blocks: list[int], random: Any, in_flight: int
+) -> None:
+    content = noise(8, N_BLOCKS * BLOCK)
+    disk, file = make(directory / "rows", content, direct=direct)
+    memory = aligned_buffer(N_BLOCKS + 3, BLOCK)
+    rows = random.sample(range(len(memory)), len(blocks))
+    tails = np.frombuffer(noise(9, 48 * len(blocks)), np.uint64).reshape(-1, 6)
+    places = np.array([block * BLOCK for block in blocks])
+    crcs = disk.read_rows(file, places, memory, np.array(rows), tails, in_flight=in_flight)
+    assert crcs is not None
+    for block, row, tail, crc in zip(blocks, rows, tails, crcs, strict=True):
+        expected = content[block * BLOCK : (block + 1) * BLOCK]
+        assert memory[row].tobytes() == expected
+        assert google_crc32c.value(expected + tail.tobytes()) == crc
+    others = np.setdiff1d(np.arange(len(memory)), rows)
+    assert not memory[others].any()
+    disk.close(file)
+
+
+def test_rows_that_are_none_are_refused_before_anything_is_read(directory: Path) -> None:
+    disk, file = make(directory / "none", noise(1, 4 * BLOCK), direct=False)
+    memory, tails = aligned_buffer(2, BLOCK), np.zeros((1, 6), np.uint64)
+    for offset, row in ((0, 2), (0, -1), (-BLOCK, 0)):
+        with pytest.raises(ValueError, match="rows"):
+            disk.read_rows(file, np.array([offset]), memory, np.array([row]), tails)
+    with pytest.raises(ValueError, match="in_flight"):
+        disk.read_rows(file, np.array([0]), memory, np.array([0]), tails, in_flight=0)
+    memory.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        disk.read_rows(file, np.array([0]), memory, np.array([0]), tails)
+    assert not memory.any()
+    disk.close(file)
+
+
+def test_without_a_wave_the_caller_sums(directory: Path) -> None:
+    disk, file = make(directory / "sums", noise(1, 4 * BLOCK), direct=False)
+    memory, tails = aligned_buffer(1, BLOCK), np.zeros((1, 6), np.uint64)
+    arguments = (file, np.array([0]), memory, np.array([0]), tails)
+    with engine("threads"):
+        assert disk.read_rows(*arguments) is None
+    with pytest.MonkeyPatch.context() as patch:
+        assert wave.CALLS is not None
+        calls = wave.CALLS._replace(crc32c_extend=0)
+        patch.setattr(transfer, "_wave_calls", lambda: calls)
+        assert disk.read_rows(*arguments) is None
+    assert not memory.any()
+    disk.close(file)
+
+
 strikes = st.lists(
     st.none()
     | st.tuples(st.just("short"), st.integers(1, 3 * BLOCK))
@@ -238,6 +291,29 @@ def test_short_and_interrupted_transfers_are_carried_on(
                 assert buffer.tobytes() == content[offset : offset + BLOCK]
     disk.close(file)
     assert (directory / "short").read_bytes() == expected
+
+
+@given(pieces_of_blocks, strikes, st.booleans(), st.integers(1, 9))
+def test_rows_are_summed_whole_however_they_come(
+    directory: Path, blocks: list[int], script: list[Any], direct: bool, in_flight: int
+) -> None:
+    content = noise(10, N_BLOCKS * BLOCK)
+    disk, file = make(directory / "parts", content, direct=direct)
+    memory, tails = aligned_buffer(len(blocks), BLOCK), np.zeros((len(blocks), 6), np.uint64)
+    places = np.array([block * BLOCK for block in blocks])
+    # Direct transfers are given up at the first that is refused, and the rest is read without.
+    script = [("error", errno.EINVAL), *script] if direct else script
+    with faulty(lambda number: script[number] if number < len(script) else None):
+        crcs = disk.read_rows(
+            file, places, memory, np.arange(len(blocks)), tails, in_flight=in_flight
+        )
+    assert crcs is not None
+    assert not file.direct
+    for block, row, crc in zip(blocks, memory, crcs, strict=True):
+        expected = content[block * BLOCK : (block + 1) * BLOCK]
+        assert row.tobytes() == expected
+        assert google_crc32c.value(expected + bytes(48)) == crc
+    disk.close(file)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EINVAL])

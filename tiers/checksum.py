@@ -7,6 +7,7 @@ write) fails as a torn one does, because the identity is part of what is summed.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import google_crc32c
 import numpy as np
@@ -30,3 +31,19 @@ def bound_crc32c(
     """
     crc = google_crc32c.value(content)
     return int(google_crc32c.extend(crc, _IDENTITY.pack(store_id, tree, level, index, version)))
+
+
+def identity_words(store_id: bytes, tree: int) -> npt.NDArray[np.uint64]:
+    """Return what the identities of all objects of level 0 of a tree begin with: uint64 (4,)."""
+    return np.frombuffer(_IDENTITY.pack(store_id, tree, 0, 0, 0), np.uint64)[:4].copy()
+
+
+def bound_crcs32c(
+    contents: Sequence[npt.NDArray[np.uint8]], identities: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.int64]:
+    """Return crc32c of each content followed by its identity, int64 (n,)."""
+    crcs = [
+        google_crc32c.extend(google_crc32c.value(content), identity.tobytes())
+        for content, identity in zip(contents, identities, strict=True)
+    ]
+    return np.array(crcs, np.int64)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 
 from tiers.condition import Condition
 from tiers.errors import NestedClaimError
-from tiers.pager import Indices, Pager, Request
+from tiers.pager import Indices, Pager
+from tiers.requests import Request, require_spaces
 from tiers.space import Space
 
 PREFETCH_WAVE_PAGES = 16
@@ -115,6 +116,7 @@ class Claims:
                 if found is not None:
                     for frames in found:
                         pager.count_hits(frames)
+                        pager.frames.pin(frames)
                     return self._grant(found, reserve is not None, on_release)
         except BaseException as failure:
             self._condition.poison_by("a claim", failure)
@@ -131,10 +133,9 @@ class Claims:
             with self.io, self._condition.guarding("a claim"):
                 self._condition.require_usable()
                 # Meanwhile somebody may have dropped a space.
-                pager.checked(requests)
+                require_spaces(requests, pager.spaces)
                 frames_of = self._bring_in(requests, reserve)
                 with pager.mutex:
-                    pager.unpin(frames_of)
                     return self._grant(frames_of, reserve is not None, on_release)
         finally:
             with pager.mutex:
@@ -204,11 +205,10 @@ class Claims:
     def _grant(
         self, frames_of: list[Indices], write: bool, on_release: Callable[[], None]
     ) -> Claim:
-        """Pin frames for the calling thread. Mutex held."""
-        for frames in frames_of:
-            self._pager.frames.pins[frames] += 1
-            if write:
-                dirty = self._pager.frames.dirty
+        """Give the calling thread frames that are pinned for it. Mutex held."""
+        if write:
+            dirty = self._pager.frames.dirty
+            for frames in frames_of:
                 self._pager.counts["dirtied"] += len(frames) - int(dirty[frames].sum())
                 dirty[frames] = True
         self._held.claims_and_epochs += 1

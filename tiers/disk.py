@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import StoreLockedError
-from tiers.transfer import IN_FLIGHT, Transfers
+from tiers.transfer import IN_FLIGHT, Transfers, Words
 
 Bytes = npt.NDArray[np.uint8]
 Mode = Literal["read", "write", "create"]
@@ -47,6 +47,8 @@ class Disk(Protocol):
     write do not overlap.
     Nothing is durable before `sync` (contents and length of a file) or `sync_directory` (names) has
     returned.
+
+    A disk that can sum what it reads has `read_rows` too, see `OsDisk`; without it the store sums.
     """
 
     def make_directory(self, path: Path) -> None: ...
@@ -178,6 +180,20 @@ class OsDisk:
     ) -> None:
         assert isinstance(file, OsFile)
         self._transfers.move(file, offsets, buffers, write=False, in_flight=in_flight)
+
+    def read_rows(
+        self,
+        file: File,
+        offsets: Words,
+        memory: Bytes,
+        rows: Words,
+        tails: npt.NDArray[np.uint64],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> Words | None:
+        """Read rows of an array, return crc32c of each with its tail; see `Transfers.read_rows`."""
+        assert isinstance(file, OsFile)
+        return self._transfers.read_rows(file, offsets, memory, rows, tails, in_flight=in_flight)
 
     def write_batch(
         self,

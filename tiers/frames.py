@@ -25,7 +25,7 @@ from tiers.space import Space
 
 Indices = npt.NDArray[np.int64]
 
-POLICY_BYTES_PER_FRAME = 48
+POLICY_BYTES_PER_FRAME = 56
 """What the largest eviction policy takes a frame."""
 
 BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 5 * 1 + 8 + 1 + 4 + POLICY_BYTES_PER_FRAME + 36
@@ -80,6 +80,10 @@ class Frames:
     """
 
     def __init__(self, n_dram: int, page_bytes: int, n_cxl: int = 0) -> None:
+        # Here, because it imports numba.
+        from tiers import books
+
+        self._books = books
         self.n_dram = n_dram
         self.n_cxl = n_cxl
         n_frames = n_dram + n_cxl
@@ -125,6 +129,8 @@ class Frames:
         return len(self._free[tier])
 
     def n_limbo_of(self, tier: Tier) -> int:
+        if self.n_cxl == 0:
+            return self.n_limbo if tier == Tier.DRAM else 0
         return sum(int((self.tiers(frames) == tier).sum()) for _, frames in self._limbo)
 
     def of(self, tier: Tier) -> slice:
@@ -163,7 +169,9 @@ class Frames:
     def take_free(self, count: int, tier: Tier = Tier.DRAM) -> Indices:
         """Return up to `count` free frames, the caller's until it maps or returns them."""
         free = self._free[tier]
-        taken = [free.pop() for _ in range(min(count, len(free)))]
+        n_kept = max(0, len(free) - count)
+        taken = free[n_kept:][::-1]
+        del free[n_kept:]
         return np.array(taken, np.int64)
 
     def take_these(self, frames: Indices) -> Indices:
@@ -180,16 +188,30 @@ class Frames:
             self._free[tier].extend(of_tier)
 
     def _by_tier(self, frames: Indices) -> dict[Tier, list[int]]:
+        if self.n_cxl == 0:
+            return {Tier.DRAM: frames.tolist(), Tier.CXL: []}
         is_dram = frames < self.n_dram
         return {Tier.DRAM: frames[is_dram].tolist(), Tier.CXL: frames[~is_dram].tolist()}
 
     def map(self, space: Space, pages: Indices, frames: Indices) -> None:
         """Let the page table of `space` name these frames."""
-        self.space[frames] = space.number
-        self.page[frames] = pages
-        self.touches[frames] = 0
-        self.arrived[frames] = self.n_rounds
+        self._books.enter(
+            *(self.space, self.page, self.touches, self.arrived),
+            *(frames, pages, space.number, self.n_rounds),
+        )
         space.table.set(pages, frames)
+
+    def pin(self, frames: Indices) -> None:
+        """Hold these frames; `unpin` as often."""
+        self._books.pin(self.pins, frames)
+
+    def unpin(self, frames: Indices) -> None:
+        had_pins = self._books.unpin(self.pins, frames)
+        assert had_pins
+
+    def use_prefetched(self, frames: Indices) -> int:
+        """Note that pages in these frames are demanded; return how many were fetched ahead."""
+        return int(self._books.n_cleared(self.prefetched, frames))
 
     def move(self, spaces: dict[int, Space], sources: Indices, targets: Indices) -> None:
         """Let targets, which hold copies of their bytes, take the place of mapped frames.
@@ -236,8 +258,8 @@ class Frames:
 
     def keys(self, frames: Indices) -> npt.NDArray[np.uint64]:
         """Return names of the pages in mapped frames, the same whenever they come back."""
-        spaces = self.space[frames].astype(np.uint64)
-        return np.asarray((spaces << np.uint64(48)) ^ self.page[frames].astype(np.uint64))
+        names: npt.NDArray[np.uint64] = self._books.keys(self.space, self.page, frames)
+        return names
 
     def touch(self, frames: Indices) -> None:
         """Count an access of the page in each of these distinct frames."""

@@ -189,8 +189,14 @@ class PageMap:
 
     def lookup(self, tree: int, indices: Indices) -> Words:
         """Return the entries of objects, uint64 (n, 2), absent ones all ones; `indices` ascend."""
+        runs = _runs(indices)
+        if len(runs) == 1:
+            node = self._get(tree, 1, runs[0][0])
+            if node is not None:
+                words: Words = node.words[indices & (FANOUT - 1)]
+                return words
         found = np.full((len(indices), 2), ABSENT_WORD, np.uint64)
-        for parent, start, stop in _runs(indices):
+        for parent, start, stop in runs:
             node = self._get(tree, 1, parent)
             if node is not None:
                 found[start:stop] = node.words[indices[start:stop] & (FANOUT - 1)]

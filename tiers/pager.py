@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, COLD_BLOCK, Allocator
 from tiers.budget import Budget
-from tiers.checksum import bound_crc32c
+from tiers.checksum import bound_crc32c, identity_words
 from tiers.disk import Bytes, aligned_buffer
-from tiers.errors import ClaimTooLargeError, CorruptionError, PageIndexError, SpaceError
+from tiers.errors import ClaimTooLargeError, CorruptionError
 from tiers.frames import Frames, Tier
 from tiers.latency import Latencies
 from tiers.memory import Memory
@@ -36,16 +36,23 @@ from tiers.page_map import (
 )
 from tiers.placement import Placement
 from tiers.policies import policy_class
+from tiers.requests import Request as Request
+from tiers.requests import checked
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
 from tiers.tags import Tag, Tags
+from tiers.transfer import IN_FLIGHT
 
 Indices = npt.NDArray[np.int64]
-Request = tuple[Space, Indices]
 
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
+IN_FLIGHT_PREFETCH = 2
+"""Transfers in flight for pages that nobody asked for yet."""
+SPARES_MAX = 16
+FRAMES_PER_SPARE = 128
+"""One frame in so many is given up ahead, so that most faults of one page choose no victim."""
 WRITE_ATTEMPTS = 3
 COUNTS = (
     *("hits", "misses", "prefetched", "prefetch_used", "dirtied"),
@@ -82,6 +89,11 @@ class Pager:
     placement: Placement
 
     def __init__(self, root: Root, slots: SlotFile, budget: Budget, policy: str) -> None:
+        # Here, because it imports numba.
+        from tiers import books
+
+        books.load()
+        self._books = books
         self.store_id = root.store_id
         self.page_bytes = root.page_bytes
         self.slots = slots
@@ -150,32 +162,8 @@ class Pager:
         self.memory.take_table(space)
 
     def checked(self, requests: Sequence[Request]) -> list[Request]:
-        """Return requests whose spaces are of this store and whose pages ascend within them.
-
-        Raises
-        ------
-        SpaceError, PageIndexError
-            Naming what is wrong.
-        """
-        try:
-            requests = [(space, pages) for space, pages in requests]
-        except (TypeError, ValueError):
-            raise PageIndexError(f"pairs of a space and its pages, not {requests!r}") from None
-        for space, pages in requests:
-            if not isinstance(space, Space) or self.spaces.get(space.number) is not space:
-                raise SpaceError(f"{space!r} is not a space of this store")
-            if not isinstance(pages, np.ndarray) or pages.dtype != np.int64 or pages.ndim != 1:
-                raise PageIndexError(f"pages must be a one-dimensional int64 array, not {pages!r}")
-            if len(pages) and not (
-                pages[0] >= 0 and pages[-1] < space.n_pages and (pages[1:] > pages[:-1]).all()
-            ):
-                raise PageIndexError(
-                    f"pages of {space.name!r} must ascend strictly within 0 .. "
-                    f"{space.n_pages - 1}, not {pages!r}"
-                )
-        if len({space.number for space, _ in requests}) < len(requests):
-            raise PageIndexError("a claim names each space once")
-        return list(requests)
+        """Return requests whose spaces are of this store; see `tiers.requests.checked`."""
+        return checked(requests, self.spaces, self._books.ascend)
 
     def n_stored_pages(self, space: Space) -> int:
         """Return how many pages of a space have a slot. I/O lock held."""
@@ -229,7 +217,7 @@ class Pager:
         frames = self.obtain(len(pages), wait=False)
         pages = pages[: len(frames)]
         try:
-            self.load(space, pages, frames)
+            self.load(space, pages, frames, IN_FLIGHT_PREFETCH)
         except BaseException:
             with self.mutex:
                 self.frames.return_free(frames)
@@ -246,7 +234,7 @@ class Pager:
         found = []
         for space, pages in requests:
             frames = space.table.lookup(pages)
-            if len(frames) and frames.min() < 0:
+            if self._books.n_absent(frames):
                 return None
             if write and (
                 self.frames.writing[frames].any() or not self.frames.private[frames].all()
@@ -257,14 +245,14 @@ class Pager:
 
     def unpin(self, frames_of: list[Indices]) -> None:
         for frames in frames_of:
-            self.frames.pins[frames] -= 1
-            assert (self.frames.pins[frames] >= 0).all()
+            self.frames.unpin(frames)
         self.released.notify_all()
 
     def count_hits(self, frames: Indices) -> None:
+        if len(frames) == 0:
+            return
         self.counts["hits"] += len(frames)
-        self.counts["prefetch_used"] += int(self.frames.prefetched[frames].sum())
-        self.frames.prefetched[frames] = False
+        self.counts["prefetch_used"] += self.frames.use_prefetched(frames)
         self.placement.access(frames)
 
     def fault(self, requests: list[Request]) -> list[Indices]:
@@ -281,18 +269,25 @@ class Pager:
         pinned: list[Indices] = []
         missing: list[Request] = []
         frames_of: list[Indices] = []
-        taken = np.empty(0, np.int64)
+        taken = _NOTHING
         try:
             with self.mutex:
+                n_missing = 0
                 for space, pages in requests:
                     frames = space.table.lookup(pages)
-                    present = frames[frames >= 0]
-                    self.frames.pins[present] += 1
+                    present, absent = _NOTHING, pages
+                    if self._books.n_absent(frames) < len(frames):
+                        present, absent = frames[frames >= 0], pages[frames < 0]
+                        self.frames.pin(present)
                     pinned.append(present)
-                    missing.append((space, pages[frames < 0]))
+                    missing.append((space, absent))
                     frames_of.append(frames)
                     self.count_hits(present)
-            taken = self.obtain(sum(len(pages) for _, pages in missing), wait=True)
+                    n_missing += len(absent)
+                taken = self.frames.take_free(n_missing)
+            if len(taken) < n_missing:
+                more = self.obtain(n_missing - len(taken), wait=True)
+                taken = np.concatenate([taken, more])
             began_ns, bytes_before = time.perf_counter_ns(), self.slots.bytes_read
             start = 0
             for space, pages in missing:
@@ -311,7 +306,7 @@ class Pager:
                 frames = taken[start : start + len(absent)]
                 start += len(absent)
                 self.frames.map(space, absent, frames)
-                self.frames.pins[frames] += 1
+                self.frames.pin(frames)
                 self.placement.insert(frames)
                 self.counts["misses"] += len(absent)
                 found[found < 0] = frames
@@ -323,16 +318,19 @@ class Pager:
         What is in them goes: from DRAM to CXL memory as far as there is room to be had, else out of
         memory.
         """
-        taken = np.empty(0, np.int64)
+        taken = _NOTHING
         try:
             while True:
                 with self.mutex:
                     self.frames.reclaim()
-                    taken = np.concatenate([taken, self.frames.take_free(count - len(taken), tier)])
+                    more = self.frames.take_free(count - len(taken), tier)
+                    taken = np.concatenate([taken, more]) if len(taken) else more
                     needed = count - len(taken)
                     if needed == 0:
                         return taken
                     needed = max(0, needed - self.frames.n_limbo_of(tier))
+                    if needed and tier == Tier.DRAM:
+                        needed += min(SPARES_MAX, self.frames.n_dram // FRAMES_PER_SPARE)
                     victims = self.placement.victims(needed, tier)
                     if len(victims) == 0:
                         if not wait:
@@ -431,43 +429,55 @@ class Pager:
             self.counts["evictions"] += len(frames)
             self.counts["cxl_evictions"] += int((frames >= self.frames.n_dram).sum())
 
-    def load(self, space: Space, pages: Indices, frames: Indices) -> None:
+    def load(
+        self, space: Space, pages: Indices, frames: Indices, in_flight: int = IN_FLIGHT
+    ) -> None:
         """Fill frames with pages, read and verified, or with their initial value. I/O lock held."""
         tree = FIRST_SPACE + space.number
-        entries = self.map.lookup(tree, pages)
-        absent = (entries == ABSENT_WORD).all(axis=1)
-        for page, frame in zip(pages[absent], frames[absent], strict=True):
-            space.fill_initial(int(page), self.frames.arena[frame])
-        stored = np.flatnonzero(~absent)
-        places = [unpack_entry(int(entries[i, 0]), int(entries[i, 1])) for i in stored]
-        for start in range(0, len(stored), WAVE_PAGES):
-            wave = stored[start : start + WAVE_PAGES]
-            buffers = [self.frames.arena[frames[i]] for i in wave]
-            self.slots.read_blocks(
-                [place[0] for place in places[start : start + WAVE_PAGES]], buffers
-            )
-            for i, place, content in zip(
-                wave, places[start : start + WAVE_PAGES], buffers, strict=True
-            ):
-                self.verify(space, int(pages[i]), place, content)
+        n_pages = len(pages)
+        blocks, crcs = np.empty(n_pages, np.int64), np.empty(n_pages, np.int64)
+        names = np.empty((n_pages, 6), np.uint64)
+        n_absent = self._books.unpack(
+            *(self.map.lookup(tree, pages), pages, identity_words(self.store_id, tree)),
+            *(blocks, crcs, names),
+        )
         with self.mutex:
             self.frames.dirty[frames] = False
             self.frames.private[frames] = False
-            for i, (block, version, _) in zip(stored, places, strict=True):
-                if block >= COLD_BLOCK:
-                    self.frames.cold[frames[i]] = True
-                elif version == self.map.version:
-                    self.frames.private[frames[i]] = True
-                    self.frames.block[frames[i]] = block
+        if n_absent:
+            absent = blocks < 0
+            for page, frame in zip(pages[absent], frames[absent], strict=True):
+                space.fill_initial(int(page), self.frames.arena[frame])
+            pages, frames, blocks = pages[~absent], frames[~absent], blocks[~absent]
+            crcs, names = crcs[~absent], names[~absent]
+        for start in range(0, len(pages), WAVE_PAGES):
+            wave = slice(start, start + WAVE_PAGES)
+            found = self.slots.read_pages(
+                blocks[wave], self.frames.arena, frames[wave], names[wave], in_flight=in_flight
+            )
+            self.verify_sums(space, found, crcs[wave], blocks[wave], names[wave])
+        is_cold = blocks >= COLD_BLOCK
+        is_private = (names[:, 5] == self.map.version) & ~is_cold
+        if is_private.any() or is_cold.any():
+            with self.mutex:
+                self.frames.cold[frames] = is_cold
+                self.frames.private[frames] = is_private
+                self.frames.block[frames[is_private]] = blocks[is_private]
+
+    def verify_sums(
+        self, space: Space, found: Indices, crcs: Indices, blocks: Indices, names: Words
+    ) -> None:
+        """Raise `CorruptionError` unless what was found is what the map says."""
+        is_damaged = found != crcs
+        if is_damaged.any():
+            i = int(is_damaged.argmax())
+            raise _damaged(space, int(names[i, 4]), int(blocks[i]), int(names[i, 5]))
 
     def verify(self, space: Space, page: int, place: tuple[int, int, int], content: Bytes) -> None:
         block, version, crc = place
         tree = FIRST_SPACE + space.number
         if bound_crc32c(content, self.store_id, tree, 0, page, version) != crc:
-            raise CorruptionError(
-                f"page {page} of space {space.name!r} (block {block}, commit {version}) fails its "
-                "checksum"
-            )
+            raise _damaged(space, page, block, version)
 
     def ensure_room(self, requests: list[Request]) -> None:
         """Make sure that slots and map paths of these pages can be taken. I/O lock held."""
@@ -584,3 +594,12 @@ class Pager:
                     self.frames.page[[frame]],
                     np.array([pack_entry(int(block[0]), self.map.version, 0)], np.uint64),
                 )
+
+
+_NOTHING: Indices = np.empty(0, np.int64)
+
+
+def _damaged(space: Space, page: int, block: int, version: int) -> CorruptionError:
+    return CorruptionError(
+        f"page {page} of space {space.name!r} (block {block}, commit {version}) fails its checksum"
+    )

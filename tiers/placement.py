@@ -47,7 +47,7 @@ class Placement:
     def insert(self, frames: Indices) -> None:
         """Pages came into these frames."""
         for policy, first, chosen in self._by_tier(frames):
-            policy.insert(chosen, self._frames.keys(chosen + first))
+            policy.insert(chosen, self._frames.keys(chosen + first if first else chosen))
 
     def access(self, frames: Indices) -> None:
         """Pages in these frames were demanded, once a batch."""
@@ -94,8 +94,8 @@ class Placement:
 
     def _by_tier(self, frames: Indices) -> list[tuple[Policy, int, Indices]]:
         """Return each policy, its first frame, and those of `frames` that it watches, from 0."""
-        n_dram = self._frames.n_dram
-        if self._cxl is None or frames.max(initial=0) < n_dram:
+        if self._cxl is None:
             return [(self._dram, 0, frames)]
+        n_dram = self._frames.n_dram
         is_dram = frames < n_dram
         return [(self._dram, 0, frames[is_dram]), (self._cxl, n_dram, frames[~is_dram] - n_dram)]

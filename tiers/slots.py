@@ -17,18 +17,21 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, COLD_BLOCK
+from tiers.checksum import bound_crcs32c
 from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
 from tiers.packs import COLD_NAME, Packs
 from tiers.root import FORMAT_VERSION, FORMATS_READ
-from tiers.transfer import IN_FLIGHT
+from tiers.transfer import IN_FLIGHT, Words
 
 _HEADER = struct.Struct(
     "<8sII16sI"
@@ -138,6 +141,36 @@ class SlotFile:
                 refused.errno, f"looking at {self.file.path} failed: {refused.strerror}"
             ) from refused
 
+    def read_pages(
+        self,
+        blocks: Words,
+        memory: Bytes,
+        rows: Words,
+        identities: npt.NDArray[np.uint64],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> Words:
+        """Read pages from these blocks on into rows of `memory`; return crc32c bound to identities.
+
+        Raises
+        ------
+        CorruptionError, StoreIOError
+            As `read_blocks` does.
+        """
+        sums = None
+        read_rows = getattr(self._disk, "read_rows", None)
+        if read_rows is not None and not (blocks >= COLD_BLOCK).any():
+            with self._reading():
+                offsets = blocks * BLOCK_BYTES
+                sums = read_rows(self.file, offsets, memory, rows, identities, in_flight=in_flight)
+        if sums is None:
+            buffers = [memory[row] for row in rows.tolist()]
+            self.read_blocks(blocks.tolist(), buffers, in_flight=in_flight)
+            return bound_crcs32c(buffers, identities)
+        self.bytes_read += len(rows) * self.page_bytes
+        found: Words = sums
+        return found
+
     def read_blocks(
         self, blocks: Sequence[int], buffers: Sequence[Bytes], *, in_flight: int = IN_FLIGHT
     ) -> None:
@@ -155,17 +188,23 @@ class SlotFile:
             cold = [i for i, block in enumerate(blocks) if block >= COLD_BLOCK]
             self.packs.read([blocks[i] for i in cold], [buffers[i] for i in cold])
             blocks, buffers = [blocks[i] for i in hot], [buffers[i] for i in hot]
-        try:
+        with self._reading():
             self._disk.read_batch(
                 self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight
             )
+        self.bytes_read += sum(len(buffer) for buffer in buffers)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Give what the operating system refuses its type."""
+        try:
+            yield
         except EOFError as end:
             raise CorruptionError(f"the page file is cut short: {end}") from end
         except OSError as refused:
             raise StoreIOError(
                 refused.errno, f"reading {self.file.path} failed: {refused.strerror}"
             ) from refused
-        self.bytes_read += sum(len(buffer) for buffer in buffers)
 
     def write_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
         """Write a buffer at each of these blocks; durable after `sync`.

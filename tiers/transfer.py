@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tiers.wave import Calls
 
 Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.int64]
 
 IN_FLIGHT = 8
 """Runs in flight unless told; eight saturate a 64 KiB random load on one NVMe device."""
@@ -175,8 +176,7 @@ class Transfers:
         ValueError
             If `in_flight`, an offset or a buffer is none.
         """
-        if not 1 <= in_flight <= IN_FLIGHT_MAX:
-            raise ValueError(f"in_flight must be 1 to {IN_FLIGHT_MAX}, not {in_flight!r}")
+        _require_flight(in_flight)
         batch = Batch(offsets, buffers)
         if not write and not all(buffer.flags.writeable for buffer in buffers):
             raise ValueError("a buffer that is read into must be writeable")
@@ -185,7 +185,7 @@ class Transfers:
             return
         calls = _wave_calls()
         if calls is not None:
-            _move_in_wave(calls, file, batch, write, in_flight)
+            _move_in_wave(calls, file, *_planned(batch), write=write, in_flight=in_flight)
             return
         runs = batch.runs()
         n_workers = min(in_flight, len(runs))
@@ -193,6 +193,55 @@ class Transfers:
             partial(_move_runs, file, runs[first::n_workers], write) for first in range(n_workers)
         ]
         run_all(self._workers(), jobs)
+
+    def read_rows(
+        self,
+        file: OpenFile,
+        offsets: Words,
+        memory: Bytes,
+        rows: Words,
+        tails: npt.NDArray[np.uint64],
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> Words | None:
+        """Read rows of one array and sum each, in the threads that read them.
+
+        Parameters
+        ----------
+        file : OpenFile
+        offsets : int64 array (n,)
+            Bytes from the start of the file.
+        memory : uint8 array (n_rows, row_bytes)
+            Contiguous and writeable.
+        rows : int64 array (n,)
+            Which rows are read into.
+        tails : uint64 array (n, n_words)
+            What follows each row in its checksum.
+        in_flight : int
+
+        Returns
+        -------
+        int64 array (n,) or None
+            crc32c of each row and its tail; None, with nothing read, where only `move` can read.
+
+        Raises
+        ------
+        EOFError, OSError, ValueError
+            As `move` does.
+        """
+        calls = _wave_calls()
+        if calls is None or not calls.crc32c_extend:
+            return None
+        from tiers import wave
+
+        _require_flight(in_flight)
+        if not (memory.flags.c_contiguous and memory.flags.writeable and tails.flags.c_contiguous):
+            raise ValueError("memory must be contiguous and writeable, tails contiguous")
+        order, runs, places, sums = wave.plan_rows(offsets, memory, rows, tails, RUN_BUFFERS_MAX)
+        _move_in_wave(calls, file, runs, places, write=False, in_flight=in_flight, sums=sums)
+        crcs = np.empty(len(order), np.int64)
+        crcs[order] = sums[:, wave.CRC]
+        return crcs
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._pool_guard:
@@ -211,7 +260,13 @@ def _wave_calls() -> Calls | None:
     return wave.CALLS
 
 
-def _move_in_wave(calls: Calls, file: OpenFile, batch: Batch, write: bool, in_flight: int) -> None:
+def _require_flight(in_flight: int) -> None:
+    if not 1 <= in_flight <= IN_FLIGHT_MAX:
+        raise ValueError(f"in_flight must be 1 to {IN_FLIGHT_MAX}, not {in_flight!r}")
+
+
+def _planned(batch: Batch) -> tuple[Words, Words]:
+    """Return runs and places of a batch."""
     from tiers import wave
 
     runs = np.zeros((len(batch.starts), wave.RUN_WORDS), np.int64)
@@ -221,12 +276,27 @@ def _move_in_wave(calls: Calls, file: OpenFile, batch: Batch, write: bool, in_fl
     places = np.empty((len(batch.buffers), 2), np.int64)
     places[:, 0] = [buffer.ctypes.data for buffer in batch.buffers]
     places[:, 1] = [len(buffer) for buffer in batch.buffers]
+    return runs, places
+
+
+def _move_in_wave(
+    calls: Calls,
+    file: OpenFile,
+    runs: Words,
+    places: Words,
+    *,
+    write: bool,
+    in_flight: int,
+    sums: Words | None = None,
+) -> None:
+    from tiers import wave
+
     while True:
         was_direct = file.direct
-        wave.move(calls, file.descriptor, runs, places, write=write, in_flight=in_flight)
-        failed = np.flatnonzero(runs[:, wave.ERROR])
-        if len(failed) == 0:
+        wave.move(calls, file.descriptor, runs, places, write=write, in_flight=in_flight, sums=sums)
+        if not runs[:, wave.ERROR].any():
             return
+        failed = np.flatnonzero(runs[:, wave.ERROR])
         numbers = runs[failed, wave.ERROR]
         others = failed[numbers != errno.EINVAL]
         if was_direct and len(others) == 0:

@@ -13,6 +13,10 @@ The system's functions are addresses in a table (`Calls`): a test puts its own t
     board   int64 (BOARD_WORDS,)   what the threads share: addresses, counts, which run is next
     runs    int64 (n_runs, 4)      offset in the file, first buffer, buffers left, error
     places  int64 (n_buffers, 2)   address and size of what is left of a buffer: struct iovec
+    sums    int64 (n_buffers, 5)   address and size of a buffer and of its tail, crc32c of both
+
+A thread that has filled a buffer sums it at once, while it is still in the processor's cache and
+the others read on: checksums of a batch cost next to nothing beside its reads.
 """
 
 from __future__ import annotations
@@ -54,23 +58,35 @@ RUN_WORDS = 4
     _STOPPED,
     _START,
     _JOIN,
-) = range(11)
-BOARD_WORDS = 11
+    _EXTEND,
+    _SUMS,
+) = range(13)
+BOARD_WORDS = 13
+
+ADDRESS, SIZE, TAIL, TAIL_SIZE, CRC = range(5)
+SUM_WORDS = 5
 
 _PLACE_BYTES = 16
 _EINTR = errno.EINTR
+_CHECK = 0xE3069283
+"""crc32c of the digits 1 to 9, as RFC 3720 and every list of checksums have it."""
+_SIZE = ctypes.c_size_t
 _WORD = ir.IntType(64)
 _NUMBER = ir.IntType(32)
 
 
 class Calls(NamedTuple):
-    """Addresses of the functions of the C library that a wave calls."""
+    """Addresses of the functions of the C library that a wave calls, and of one that sums.
+
+    `crc32c_extend` is google-crc32c's, 0 where that has no compiled code.
+    """
 
     preadv: int
     pwritev: int
     error_location: int
     pthread_create: int
     pthread_join: int
+    crc32c_extend: int = 0
 
 
 def system_calls() -> Calls | None:
@@ -87,14 +103,37 @@ def system_calls() -> Calls | None:
         functions = [getattr(library, name) for name in names]
     except AttributeError:
         return None
-    return Calls(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions))
+    addresses = [ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions]
+    return Calls(*addresses)._replace(crc32c_extend=_crc32c_extend())
+
+
+def _crc32c_extend() -> int:
+    """Return the address of ``uint32_t crc32c_extend(uint32_t, const uint8_t *, size_t)``, or 0."""
+    try:
+        from google_crc32c import _crc32c
+
+        # The library that the extension was linked with is searched as well.
+        function = ctypes.CDLL(_crc32c.__file__).crc32c_extend
+    except (ImportError, OSError, AttributeError):
+        return 0
+    function.restype, function.argtypes = ctypes.c_uint32, (ctypes.c_uint32, ctypes.c_char_p, _SIZE)
+    if function(0, b"123456789", 9) != _CHECK:
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 CALLS = system_calls()
 
 
 def move(
-    calls: Calls, descriptor: int, runs: Words, places: Words, *, write: bool, in_flight: int
+    calls: Calls,
+    descriptor: int,
+    runs: Words,
+    places: Words,
+    *,
+    write: bool,
+    in_flight: int,
+    sums: Words | None = None,
 ) -> None:
     """Move runs of buffers, `in_flight` at a time, in the order in which they are listed.
 
@@ -115,16 +154,68 @@ def move(
         From the buffers to the file.
     in_flight : int
         At least 1; so many threads work, the calling one among them.
+    sums : int64 array (n_buffers, 5), optional
+        Address and size of each buffer and of what follows it in its checksum; the checksum is
+        written to the last column. `calls` has a function for it then.
     """
-    board = np.zeros(BOARD_WORDS, np.int64)
-    board[_TRANSFER] = calls.pwritev if write else calls.preadv
-    board[_ERROR_LOCATION] = calls.error_location
-    board[_DESCRIPTOR] = descriptor
-    board[_RUNS], board[_N_RUNS] = runs.ctypes.data, len(runs)
-    board[_PLACES], board[_N_PLACES] = places.ctypes.data, len(places)
-    board[_START], board[_JOIN] = calls.pthread_create, calls.pthread_join
     n_helpers = min(in_flight, len(runs)) - 1
-    _move(board, np.empty(max(n_helpers, 1), np.int64), n_helpers)
+    extend = 0
+    if sums is None:
+        sums = _NO_SUMS
+    else:
+        extend = calls.crc32c_extend
+        assert extend
+    _move(
+        calls.pwritev if write else calls.preadv,
+        calls.error_location,
+        calls.pthread_create,
+        calls.pthread_join,
+        extend,
+        descriptor,
+        runs,
+        places,
+        sums,
+        n_helpers,
+    )
+
+
+_NO_SUMS: Words = np.zeros((1, SUM_WORDS), np.int64)
+
+
+def plan_rows(
+    offsets: Words,
+    memory: npt.NDArray[np.uint8],
+    rows: Words,
+    tails: npt.NDArray[np.uint64],
+    run_buffers_max: int,
+) -> tuple[Words, Words, Words, Words]:
+    """Return order, runs, places and sums of rows of one array that are read from a file.
+
+    Parameters
+    ----------
+    offsets : int64 array (n,)
+        Where each row begins in the file, in bytes, in any order; distinct.
+    memory : uint8 array (n_rows, row_bytes)
+        Contiguous and writeable.
+    rows : int64 array (n,)
+        Distinct.
+    tails : uint64 array (n, n_words)
+        Contiguous; the caller keeps it alive.
+    run_buffers_max : int
+        Most neighbours in one run.
+
+    Raises
+    ------
+    ValueError
+        If a row or an offset is none.
+    """
+    n = len(offsets)
+    order, places = np.empty(n, np.int64), np.empty((n, 2), np.int64)
+    runs, sums = np.empty((n, RUN_WORDS), np.int64), np.empty((n, SUM_WORDS), np.int64)
+    n_runs = _plan(offsets, memory, rows, tails, order, runs, places, sums, run_buffers_max)
+    if n_runs < 0:
+        raise ValueError(f"rows {rows} of {len(memory)}, offsets {offsets}")
+    return order, runs[:n_runs], places, sums
 
 
 @intrinsic
@@ -162,6 +253,19 @@ def _error_number(typing_context: Any, function: Any) -> Any:
         return builder.sext(builder.load(place), _WORD)
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def _extend(typing_context: Any, function: Any, crc: Any, address: Any, size: Any) -> Any:
+    """Return the checksum `crc` extended by bytes; `function` is the address of what does it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(_NUMBER, [_NUMBER, _WORD, _WORD])
+        call = builder.inttoptr(args[0], kind.as_pointer())
+        crc = builder.trunc(args[1], _NUMBER)
+        return builder.zext(builder.call(call, [crc, args[2], args[3]]), _WORD)
+
+    return types.int64(*[types.int64] * 4), generate
 
 
 @intrinsic
@@ -212,6 +316,14 @@ def _join_thread(typing_context: Any, join: Any, thread: Any) -> Any:
 
 
 @compiled
+def _sum(board: Words, buffer: int) -> None:
+    """Write the checksum of a buffer and its tail."""
+    sums = carray(_pointer(board[_SUMS] + 8 * SUM_WORDS * buffer), (SUM_WORDS,), np.int64)
+    crc = _extend(board[_EXTEND], 0, sums[ADDRESS], sums[SIZE])
+    sums[CRC] = _extend(board[_EXTEND], crc, sums[TAIL], sums[TAIL_SIZE])
+
+
+@compiled
 def _move_run(board: Words, run: Words, places: Words) -> int:
     """Move one run; return 0, an error number, or `END_OF_FILE`."""
     while run[N_LEFT] > 0:
@@ -237,6 +349,8 @@ def _move_run(board: Words, run: Words, places: Words) -> int:
             place[1] -= part
             moved -= part
             if place[1] == 0:
+                if board[_EXTEND] != 0:
+                    _sum(board, run[FIRST])
                 run[FIRST] += 1
                 run[N_LEFT] -= 1
     return 0
@@ -264,7 +378,27 @@ def _work_alone(board_address: int) -> int:
 
 
 @compiled
-def _move(board: Words, threads: Words, n_helpers: int) -> None:
+def _move(
+    transfer: int,
+    error_location: int,
+    start: int,
+    join: int,
+    extend: int,
+    descriptor: int,
+    runs: Words,
+    places: Words,
+    sums: Words,
+    n_helpers: int,
+) -> None:
+    board = np.zeros(BOARD_WORDS, np.int64)
+    board[_TRANSFER] = transfer
+    board[_ERROR_LOCATION] = error_location
+    board[_DESCRIPTOR] = descriptor
+    board[_RUNS], board[_N_RUNS] = runs.ctypes.data, len(runs)
+    board[_PLACES], board[_N_PLACES] = places.ctypes.data, len(places)
+    board[_START], board[_JOIN] = start, join
+    board[_EXTEND], board[_SUMS] = extend, sums.ctypes.data
+    threads = np.empty(max(n_helpers, 1), np.int64)
     n_started = 0
     # Where the system gives no more threads, fewer do the same work.
     while (
@@ -276,3 +410,49 @@ def _move(board: Words, threads: Words, n_helpers: int) -> None:
     _work(board.ctypes.data)
     for helper in range(n_started):
         _join_thread(board[_JOIN], threads[helper])
+
+
+@compiled
+def _plan(
+    offsets: Words,
+    memory: npt.NDArray[np.uint8],
+    rows: Words,
+    tails: npt.NDArray[np.uint64],
+    order: Words,
+    runs: Words,
+    places: Words,
+    sums: Words,
+    run_buffers_max: int,
+) -> int:
+    """Fill order, runs, places and sums; return how many runs there are, -1 if a row is none."""
+    row_bytes = memory.shape[1]
+    memory_address, tails_address = memory.ctypes.data, tails.ctypes.data
+    tail_bytes = 8 * tails.shape[1]
+    n_runs = 0
+    for i in range(len(offsets)):
+        if offsets[i] < 0 or rows[i] < 0 or rows[i] >= len(memory):
+            return -1
+        # Insertion: what was written together lies in order, and a batch is not long.
+        place = i
+        while place > 0 and offsets[order[place - 1]] > offsets[i]:
+            order[place] = order[place - 1]
+            place -= 1
+        order[place] = i
+    for place in range(len(order)):
+        number = order[place]
+        address = memory_address + row_bytes * rows[number]
+        places[place, 0], places[place, 1] = address, row_bytes
+        sums[place, ADDRESS], sums[place, SIZE] = address, row_bytes
+        sums[place, TAIL] = tails_address + tail_bytes * number
+        sums[place, TAIL_SIZE] = tail_bytes
+        sums[place, CRC] = 0
+        if (
+            place == 0
+            or offsets[number] != offsets[order[place - 1]] + row_bytes
+            or runs[n_runs - 1, N_LEFT] == run_buffers_max
+        ):
+            runs[n_runs, OFFSET], runs[n_runs, FIRST] = offsets[number], place
+            runs[n_runs, N_LEFT], runs[n_runs, ERROR] = 0, 0
+            n_runs += 1
+        runs[n_runs - 1, N_LEFT] += 1
+    return n_runs

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from tiers.policies.jit import compiled
 from tiers.policies.policy import Evictable, Frames, Keys, PolicyError
 
 
@@ -100,8 +101,18 @@ class SteppedPolicy(ABC):
     def _checked(self, frames: Frames) -> Frames:
         """Return the frames in one piece: compiled code trusts them."""
         assert frames.ndim == 1 and frames.dtype == np.int64
-        assert not len(frames) or (frames.min() >= 0 and frames.max() < self.n_frames)
-        return np.ascontiguousarray(frames)
+        if not frames.flags.carray:
+            frames = frames.copy()
+        assert _are_within(frames, self.n_frames)
+        return frames
+
+
+@compiled
+def _are_within(frames: Frames, n_frames: int) -> bool:
+    is_within = True
+    for frame in frames:
+        is_within &= 0 <= frame < n_frames
+    return is_within
 
 
 def resized(array: Any, length: int, fill: int) -> Any:
