@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import Zstd
 
+from bench.patterns import PATTERNS, batches
 from tests.oracles import policies as oracles
 from tiers.errors import TierError
 from tiers.policies import (
@@ -26,12 +27,13 @@ from tiers.policies import (
     Lru,
     PolicyError,
     S3Fifo,
+    S3FifoAdaptive,
     Sieve,
     policy_of,
 )
 from tiers.policies.replay import next_accesses, replay
 
-CLASSES = [Belady, Clock, Lru, S3Fifo, Sieve]
+CLASSES = [Belady, Clock, Lru, S3Fifo, S3FifoAdaptive, Sieve]
 TRACES = Path(__file__).resolve().parents[2] / "shared" / "traces"
 SCALE = int(os.environ.get("DPNC_TEST_SCALE", "1"))
 
@@ -219,6 +221,25 @@ def test_a_page_that_came_back_soon_outlives_a_scan_under_s3fifo() -> None:
     assert frame not in [bring(key) for key in range(200, 208)]
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_small_queue_that_adapts_reads_a_sliding_window_once_and_loses_nothing_else(
+    pattern: str,
+) -> None:
+    n_frames = 400
+    chosen = batches(pattern, 4096, 16, n_frames // 2, 1)
+    keys = np.concatenate([next(chosen) for _ in range(1500)])
+
+    def miss_ratio(policy_class: Any) -> float:
+        return 1 - float(replay(policy_class(n_frames), keys)[len(keys) // 3 :].mean())
+
+    adaptive = miss_ratio(S3FifoAdaptive)
+    if pattern == "sliding":
+        # All that LRU misses here is read for the first time.
+        assert adaptive < 1.01 * miss_ratio(Lru) < 0.7 * miss_ratio(S3Fifo)
+    else:
+        assert abs(adaptive - miss_ratio(S3Fifo)) < 0.005
+
+
 def state_bytes(state: Any) -> int:
     if isinstance(state, tuple):
         return sum(state_bytes(part) for part in state)
@@ -241,7 +262,7 @@ def test_policies_are_made_by_name() -> None:
 
 @pytest.mark.parametrize("name", ["fifo", "S3Fifo", "", "belady", None, ["lru"]])
 def test_another_name_is_refused_with_the_known_ones(name: Any) -> None:
-    with pytest.raises(PolicyError, match="clock, lru, s3fifo, sieve") as refused:
+    with pytest.raises(PolicyError, match="clock, lru, s3fifo, s3fifo_adaptive, sieve") as refused:
         policy_of(name, 8)
     assert repr(name) in str(refused.value)
     assert isinstance(refused.value, TierError)

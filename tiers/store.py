@@ -34,7 +34,7 @@ from tiers.upkeep import Upkeep
 from tiers.watermarks import Migration
 
 PAGE_BYTES_DEFAULT = 65536
-POLICY_DEFAULT = "s3fifo"
+POLICY_DEFAULT = "s3fifo_adaptive"
 
 
 class Store(Residence, Upkeep):
@@ -116,7 +116,7 @@ class Store(Residence, Upkeep):
         prepare : callable, optional
             Writes what the store is to contain from the first: nobody sees a store without it, even
             after a crash. If it raises, nothing is left behind.
-        policy : {"s3fifo", "clock", "lru", "sieve"}
+        policy : {"s3fifo_adaptive", "s3fifo", "clock", "lru", "sieve"}
             Which page gives way, of this open store.
         migration : Migration, optional
             Move pages ahead of demand, while the store is open.
@@ -167,7 +167,7 @@ class Store(Residence, Upkeep):
             writer. A reader stays at the commit that it found; see `refresh`.
         snapshot : str, optional
             Read the state of this name; needs `read_only`.
-        policy : {"s3fifo", "clock", "lru", "sieve"}
+        policy : {"s3fifo_adaptive", "s3fifo", "clock", "lru", "sieve"}
             Which page gives way.
         migration : Migration, optional
         disk : Disk, optional

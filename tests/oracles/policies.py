@@ -108,18 +108,24 @@ class S3Fifo(Oracle):
         self.small, self.main, self.ghost = [], [], []  # oldest first
         self.frequency, self.key = {}, {}
         self.has_evicted = False
+        self.small_size = self.small_size_min
+        self.n_left, self.left = 0, {}
 
     @property
-    def small_size(self):
+    def small_size_min(self):
         return max(1, self.n_frames // 10)
 
     @property
     def ghost_size(self):
-        return max(1, self.n_frames - self.small_size)
+        return max(1, self.n_frames - self.small_size_min)
+
+    def learn(self, n_left_since):
+        pass
 
     def insert(self, frame, key):
         is_warming = not self.has_evicted and len(self.small) >= self.small_size
         if key in self.ghost:
+            self.learn(self.n_left - self.left[key])
             self.ghost.remove(key)
             self.main.append(frame)
         elif is_warming:
@@ -134,6 +140,8 @@ class S3Fifo(Oracle):
     def remove(self, frame):
         if frame in self.small:
             self.small.remove(frame)
+            self.n_left += 1
+            self.left[self.key[frame]] = self.n_left
             self.ghost = [*self.ghost, self.key[frame]][-self.ghost_size :]
         else:
             self.main.remove(frame)
@@ -143,6 +151,7 @@ class S3Fifo(Oracle):
             self.has_evicted = False
         super().resize(n_frames)
         self.ghost = self.ghost[-self.ghost_size :]
+        self.small_size = self.small_size_min
 
     def victims(self, count, evictable):
         if count > 0:
@@ -201,3 +210,12 @@ class Belady(Oracle):
     def victims(self, count, evictable):
         furthest = sorted(self.time, key=lambda frame: (-self.time[frame], frame))
         return [frame for frame in furthest if evictable[frame]][:count]
+
+
+class S3FifoAdaptive(S3Fifo):
+    def learn(self, n_left_since):
+        step = max(1, self.n_frames // 64)
+        if n_left_since < max(1, self.n_frames // 10):
+            self.small_size = min(max(1, self.n_frames // 2), self.small_size + step)
+        else:
+            self.small_size = max(self.small_size_min, self.small_size - step)

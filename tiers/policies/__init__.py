@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tiers.policies.clock import Clock
     from tiers.policies.lru import Lru
     from tiers.policies.s3fifo import S3Fifo
+    from tiers.policies.s3fifo_adaptive import S3FifoAdaptive
     from tiers.policies.sieve import Sieve
 
 _COMPILED = {"Belady": "belady", **{_class: _module for _module, _class in POLICIES.items()}}
@@ -26,6 +27,7 @@ __all__ = [
     "Policy",
     "PolicyError",
     "S3Fifo",
+    "S3FifoAdaptive",
     "Sieve",
     "policy_class",
     "policy_of",

@@ -24,7 +24,7 @@ from tiers.policies.policy import Keys
 
 _USED, _FREE = 0, 1
 _FIRST_NODE = 2
-_NONE = -1
+NO_SLOT = -1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio, made odd
 
 BYTES_PER_KEY = 8 + BYTES_PER_NODE + 4 + 2 * 4
@@ -59,8 +59,8 @@ def new_ghost(n_keys_max: int) -> Ghost:
     return Ghost(
         np.zeros(n_keys_max, np.uint64),
         links,
-        np.full(n_keys_max, _NONE, np.int32),
-        np.full(n_buckets, _NONE, np.int32),
+        np.full(n_keys_max, NO_SLOT, np.int32),
+        np.full(n_buckets, NO_SLOT, np.int32),
     )
 
 
@@ -98,9 +98,10 @@ def _unchain(ghost: Ghost, slot: int) -> None:
 
 
 @compiled
-def _slot_of(ghost: Ghost, key: np.uint64) -> int:
+def slot_of(ghost: Ghost, key: np.uint64) -> int:
+    """Return the slot that holds a key, `NO_SLOT` if none does."""
     slot = ghost.buckets[_bucket(ghost, key)]
-    while slot != _NONE and ghost.keys[slot] != key:
+    while slot != NO_SLOT and ghost.keys[slot] != key:
         slot = ghost.chain[slot]
     return int(slot)
 
@@ -111,7 +112,7 @@ def remember(ghost: Ghost, key: np.uint64) -> None:
 
     One that is there already keeps its place.
     """
-    if _slot_of(ghost, key) != _NONE:
+    if slot_of(ghost, key) != NO_SLOT:
         return
     node = ghost.links[_FREE, PREVIOUS]
     if node == _FREE:
@@ -129,8 +130,8 @@ def remember(ghost: Ghost, key: np.uint64) -> None:
 @compiled
 def forget(ghost: Ghost, key: np.uint64) -> bool:
     """Remove a key; return whether it was there."""
-    slot = _slot_of(ghost, key)
-    if slot == _NONE:
+    slot = slot_of(ghost, key)
+    if slot == NO_SLOT:
         return False
     _unchain(ghost, slot)
     unlink(ghost.links, _FIRST_NODE + slot)

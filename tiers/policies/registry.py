@@ -6,7 +6,13 @@ from importlib import import_module
 
 from tiers.policies.policy import Policy, PolicyError
 
-POLICIES = {"clock": "Clock", "lru": "Lru", "s3fifo": "S3Fifo", "sieve": "Sieve"}
+POLICIES = {
+    "clock": "Clock",
+    "lru": "Lru",
+    "s3fifo": "S3Fifo",
+    "s3fifo_adaptive": "S3FifoAdaptive",
+    "sieve": "Sieve",
+}
 """Name of each policy, which is also its module's, and its class.
 
 `Belady` is not among them: a store does not know the future.

@@ -8,12 +8,21 @@ queue, as in the authors' libCacheSim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tiers.policies.ghost import BYTES_PER_KEY, Ghost, forget, new_ghost, remember, resized_ghost
+from tiers.policies.ghost import (
+    BYTES_PER_KEY,
+    NO_SLOT,
+    Ghost,
+    forget,
+    new_ghost,
+    remember,
+    resized_ghost,
+    slot_of,
+)
 from tiers.policies.jit import compiled
 from tiers.policies.links import (
     BYTES_PER_NODE,
@@ -37,7 +46,15 @@ _SMALL, _MAIN = 0, 1
 _NO_QUEUE = 2
 _FIRST_NODE = 2
 # What `counts` holds.
-_N_SMALL, _HAS_EVICTED = 0, 1
+_N_SMALL, _HAS_EVICTED, _SMALL_SIZE, _N_LEFT, _ADAPTS = range(5)
+N_COUNTS = 5
+
+SOON_FRACTION = 10
+"""A page comes back soon if fewer than one page for so many frames left after it."""
+STEP_FRACTION = 64
+"""One frame in so many is what the small queue is changed by."""
+SMALL_FRACTION_MIN = 2
+"""The small queue never takes more than one frame in so many."""
 
 
 class S3FifoState(NamedTuple):
@@ -49,10 +66,13 @@ class S3FifoState(NamedTuple):
     queue, frequency : uint8 array (n_frames,)
         The queue a frame is in, and how often its page was accessed, counted down in the main one.
     key : uint64 array (n_frames,)
-    counts : int64 array (2,)
-        Frames in the small queue; 1 once anything was evicted.
+    counts : int64 array (N_COUNTS,)
+        Frames in the small queue; 1 once anything was evicted; frames for the small queue; how many
+        pages left it; whether its size adapts.
     ghost : Ghost
         Keys of pages that left the small queue.
+    left : int64 array (n_keys_max of the ghost,)
+        For each slot of the ghost, how many pages had left the small queue with this one.
     """
 
     links: Links
@@ -61,11 +81,7 @@ class S3FifoState(NamedTuple):
     key: Keys
     counts: npt.NDArray[np.int64]
     ghost: Ghost
-
-
-@compiled
-def _small_size(state: S3FifoState) -> int:
-    return max(1, len(state.queue) // SMALL_FRACTION)
+    left: npt.NDArray[np.int64]
 
 
 @compiled
@@ -86,13 +102,44 @@ def _access(state: S3FifoState, frames: Frames) -> None:
 
 
 @compiled
+def _leave(state: S3FifoState, key: np.uint64) -> None:
+    """Remember a page that leaves the small queue."""
+    if slot_of(state.ghost, key) == NO_SLOT:
+        remember(state.ghost, key)
+        state.counts[_N_LEFT] += 1
+        state.left[slot_of(state.ghost, key)] = state.counts[_N_LEFT]
+
+
+@compiled
+def _came_back(state: S3FifoState, key: np.uint64) -> bool:
+    """Return whether a page is remembered, and learn from it; it is forgotten then.
+
+    Pages that come back soon after they left would have stayed in a longer small queue; pages that
+    come back late would have needed far more than that, and the main queue keeps more of them.
+    """
+    slot = slot_of(state.ghost, key)
+    if slot == NO_SLOT:
+        return False
+    n_frames = len(state.queue)
+    if state.counts[_ADAPTS]:
+        step = max(1, n_frames // STEP_FRACTION)
+        size = state.counts[_SMALL_SIZE]
+        if state.counts[_N_LEFT] - state.left[slot] < max(1, n_frames // SOON_FRACTION):
+            size = min(max(1, n_frames // SMALL_FRACTION_MIN), size + step)
+        else:
+            size = max(1, n_frames // SMALL_FRACTION, size - step)
+        state.counts[_SMALL_SIZE] = size
+    return forget(state.ghost, key)
+
+
+@compiled
 def _insert(state: S3FifoState, frames: Frames, keys: Keys) -> None:
     for i in range(len(frames)):
         frame = frames[i]
         _move(state, frame, _NO_QUEUE)
         has_room = not state.counts[_HAS_EVICTED]
-        if forget(state.ghost, keys[i]) or (
-            has_room and state.counts[_N_SMALL] >= _small_size(state)
+        if _came_back(state, keys[i]) or (
+            has_room and state.counts[_N_SMALL] >= state.counts[_SMALL_SIZE]
         ):
             _move(state, frame, _MAIN)
         else:
@@ -105,14 +152,14 @@ def _insert(state: S3FifoState, frames: Frames, keys: Keys) -> None:
 def _remove(state: S3FifoState, frames: Frames) -> None:
     for frame in frames:
         if state.queue[frame] == _SMALL:
-            remember(state.ghost, state.key[frame])
+            _leave(state, state.key[frame])
         _move(state, frame, _NO_QUEUE)
 
 
 @compiled
 def _victims(state: S3FifoState, evictable: Evictable, out: Frames) -> int:
     links, frequency = state.links, state.frequency
-    small_size = _small_size(state)
+    small_size = state.counts[_SMALL_SIZE]
     if len(out):
         state.counts[_HAS_EVICTED] = 1
     # One cursor a queue moves from its oldest to its newest frame and passes by what is chosen or
@@ -162,16 +209,22 @@ class S3Fifo(SteppedPolicy):
     """S3-FIFO over `n_frames` frames: a tenth for the small queue, a ghost as long as the main."""
 
     steps = Steps(_insert, _access, _remove, _victims)
-    bytes_per_frame = BYTES_PER_NODE + 1 + 1 + 8 + BYTES_PER_KEY
+    bytes_per_frame = BYTES_PER_NODE + 1 + 1 + 8 + BYTES_PER_KEY + 8
+    adapts: ClassVar[bool] = False
 
     def _new_state(self, n_frames: int) -> S3FifoState:
+        n_keys = _ghost_size(n_frames)
+        counts = np.zeros(N_COUNTS, np.int64)
+        counts[_SMALL_SIZE] = _small_size(n_frames)
+        counts[_ADAPTS] = self.adapts
         return S3FifoState(
             new_links(_FIRST_NODE, n_frames),
             np.full(n_frames, _NO_QUEUE, np.uint8),
             np.zeros(n_frames, np.uint8),
             np.zeros(n_frames, np.uint64),
-            np.zeros(2, np.int64),
-            new_ghost(_ghost_size(n_frames)),
+            counts,
+            new_ghost(n_keys),
+            np.zeros(n_keys, np.int64),
         )
 
     def _resized_state(self, n_frames: int) -> S3FifoState:
@@ -179,15 +232,33 @@ class S3Fifo(SteppedPolicy):
         counts = state.counts.copy()
         if n_frames > self.n_frames:
             counts[_HAS_EVICTED] = 0
+        counts[_SMALL_SIZE] = _small_size(n_frames)
+        ghost = resized_ghost(state.ghost, _ghost_size(n_frames))
+        left = np.zeros(len(ghost.keys), np.int64)
+        _copy_left(state, ghost, left)
         return S3FifoState(
             resized_links(state.links, _FIRST_NODE, n_frames),
             resized(state.queue, n_frames, _NO_QUEUE),
             resized(state.frequency, n_frames, 0),
             resized(state.key, n_frames, 0),
             counts,
-            resized_ghost(state.ghost, _ghost_size(n_frames)),
+            ghost,
+            left,
         )
 
 
+@compiled
+def _copy_left(state: S3FifoState, ghost: Ghost, left: npt.NDArray[np.int64]) -> None:
+    """Fill `left` for another ghost that holds some of the same keys."""
+    for old in range(len(state.left)):
+        slot = slot_of(ghost, state.ghost.keys[old])
+        if slot != NO_SLOT and slot_of(state.ghost, state.ghost.keys[old]) == old:
+            left[slot] = state.left[old]
+
+
+def _small_size(n_frames: int) -> int:
+    return max(1, n_frames // SMALL_FRACTION)
+
+
 def _ghost_size(n_frames: int) -> int:
-    return max(1, n_frames - max(1, n_frames // SMALL_FRACTION))
+    return max(1, n_frames - _small_size(n_frames))
