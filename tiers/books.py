@@ -134,6 +134,33 @@ def unpack(
     return count
 
 
+@compiled
+def first_other(found: Indices, crcs: Indices) -> int:
+    """Return the first index at which two arrays differ, -1 if they are the same."""
+    for i in range(len(crcs)):
+        if found[i] != crcs[i]:
+            return i
+    return -1
+
+
+@compiled
+def note_places(
+    cold: Flags,
+    private: Flags,
+    block: Indices,
+    frames: Indices,
+    blocks: Indices,
+    names: Words,
+    version: int,
+) -> None:
+    """Note which pages are cold, and where those of the open transaction lie, of that version."""
+    for i in range(len(frames)):
+        cold[frames[i]] = blocks[i] >= COLD_BLOCK
+        private[frames[i]] = names[i, 5] == np.uint64(version) and blocks[i] < COLD_BLOCK
+        if private[frames[i]]:
+            block[frames[i]] = blocks[i]
+
+
 def load() -> Any:
     """Compile, or load, what the first fault would otherwise wait for under the store's mutex."""
     nothing = np.empty(0, np.int64)
@@ -146,4 +173,6 @@ def load() -> Any:
     n_cleared(flags, nothing)
     enter(numbers, nothing, np.zeros(1, np.uint8), numbers, nothing, nothing, 0, 0)
     keys(numbers, nothing, nothing)
+    first_other(nothing, nothing)
+    note_places(flags, flags, nothing, nothing, nothing, words, 0)
     unpack(words[:, :2].copy(), nothing, np.zeros(4, np.uint64), nothing, nothing, words)

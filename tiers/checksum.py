@@ -6,6 +6,7 @@ write) fails as a torn one does, because the identity is part of what is summed.
 
 from __future__ import annotations
 
+import functools
 import struct
 from collections.abc import Sequence
 
@@ -33,8 +34,10 @@ def bound_crc32c(
     return int(google_crc32c.extend(crc, _IDENTITY.pack(store_id, tree, level, index, version)))
 
 
+@functools.lru_cache(1024)
 def identity_words(store_id: bytes, tree: int) -> npt.NDArray[np.uint64]:
     """Return what the identities of all objects of level 0 of a tree begin with: uint64 (4,)."""
+    # Copied: compiled code is made for arrays that can be written.
     return np.frombuffer(_IDENTITY.pack(store_id, tree, 0, 0, 0), np.uint64)[:4].copy()
 
 

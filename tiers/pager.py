@@ -456,21 +456,17 @@ class Pager:
                 blocks[wave], self.frames.arena, frames[wave], names[wave], in_flight=in_flight
             )
             self.verify_sums(space, found, crcs[wave], blocks[wave], names[wave])
-        is_cold = blocks >= COLD_BLOCK
-        is_private = (names[:, 5] == self.map.version) & ~is_cold
-        if is_private.any() or is_cold.any():
-            with self.mutex:
-                self.frames.cold[frames] = is_cold
-                self.frames.private[frames] = is_private
-                self.frames.block[frames[is_private]] = blocks[is_private]
+        with self.mutex:
+            all_ = self.frames
+            places = (all_.cold, all_.private, all_.block, frames, blocks, names)
+            self._books.note_places(*places, self.map.version)
 
     def verify_sums(
         self, space: Space, found: Indices, crcs: Indices, blocks: Indices, names: Words
     ) -> None:
         """Raise `CorruptionError` unless what was found is what the map says."""
-        is_damaged = found != crcs
-        if is_damaged.any():
-            i = int(is_damaged.argmax())
+        i = self._books.first_other(found, crcs)
+        if i >= 0:
             raise _damaged(space, int(names[i, 4]), int(blocks[i]), int(names[i, 5]))
 
     def verify(self, space: Space, page: int, place: tuple[int, int, int], content: Bytes) -> None:

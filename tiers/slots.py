@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import google_crc32c
@@ -160,9 +159,11 @@ class SlotFile:
         sums = None
         read_rows = getattr(self._disk, "read_rows", None)
         if read_rows is not None and not (blocks >= COLD_BLOCK).any():
-            with self._reading():
-                offsets = blocks * BLOCK_BYTES
+            offsets = blocks * BLOCK_BYTES
+            try:
                 sums = read_rows(self.file, offsets, memory, rows, identities, in_flight=in_flight)
+            except (EOFError, OSError) as refused:
+                raise self._unread(refused) from refused
         if sums is None:
             buffers = [memory[row] for row in rows.tolist()]
             self.read_blocks(blocks.tolist(), buffers, in_flight=in_flight)
@@ -188,23 +189,18 @@ class SlotFile:
             cold = [i for i, block in enumerate(blocks) if block >= COLD_BLOCK]
             self.packs.read([blocks[i] for i in cold], [buffers[i] for i in cold])
             blocks, buffers = [blocks[i] for i in hot], [buffers[i] for i in hot]
-        with self._reading():
+        try:
             self._disk.read_batch(
                 self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight
             )
+        except (EOFError, OSError) as refused:
+            raise self._unread(refused) from refused
         self.bytes_read += sum(len(buffer) for buffer in buffers)
 
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Give what the operating system refuses its type."""
-        try:
-            yield
-        except EOFError as end:
-            raise CorruptionError(f"the page file is cut short: {end}") from end
-        except OSError as refused:
-            raise StoreIOError(
-                refused.errno, f"reading {self.file.path} failed: {refused.strerror}"
-            ) from refused
+    def _unread(self, refused: EOFError | OSError) -> CorruptionError | StoreIOError:
+        if isinstance(refused, EOFError):
+            return CorruptionError(f"the page file is cut short: {refused}")
+        return StoreIOError(refused.errno, f"reading {self.file.path} failed: {refused.strerror}")
 
     def write_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
         """Write a buffer at each of these blocks; durable after `sync`.

@@ -293,8 +293,9 @@ def _move_in_wave(
 
     while True:
         was_direct = file.direct
-        wave.move(calls, file.descriptor, runs, places, write=write, in_flight=in_flight, sums=sums)
-        if not runs[:, wave.ERROR].any():
+        if wave.move(
+            calls, file.descriptor, runs, places, write=write, in_flight=in_flight, sums=sums
+        ):
             return
         failed = np.flatnonzero(runs[:, wave.ERROR])
         numbers = runs[failed, wave.ERROR]

@@ -134,7 +134,7 @@ def move(
     write: bool,
     in_flight: int,
     sums: Words | None = None,
-) -> None:
+) -> bool:
     """Move runs of buffers, `in_flight` at a time, in the order in which they are listed.
 
     What is left to move is written back into `runs` and `places`: a run that is done has no buffer
@@ -157,6 +157,11 @@ def move(
     sums : int64 array (n_buffers, 5), optional
         Address and size of each buffer and of what follows it in its checksum; the checksum is
         written to the last column. `calls` has a function for it then.
+
+    Returns
+    -------
+    bool
+        Whether all was moved.
     """
     n_helpers = min(in_flight, len(runs)) - 1
     extend = 0
@@ -165,7 +170,7 @@ def move(
     else:
         extend = calls.crc32c_extend
         assert extend
-    _move(
+    all_moved: bool = _move(
         calls.pwritev if write else calls.preadv,
         calls.error_location,
         calls.pthread_create,
@@ -177,6 +182,7 @@ def move(
         sums,
         n_helpers,
     )
+    return all_moved
 
 
 _NO_SUMS: Words = np.zeros((1, SUM_WORDS), np.int64)
@@ -389,7 +395,7 @@ def _move(
     places: Words,
     sums: Words,
     n_helpers: int,
-) -> None:
+) -> bool:
     board = np.zeros(BOARD_WORDS, np.int64)
     board[_TRANSFER] = transfer
     board[_ERROR_LOCATION] = error_location
@@ -410,6 +416,7 @@ def _move(
     _work(board.ctypes.data)
     for helper in range(n_started):
         _join_thread(board[_JOIN], threads[helper])
+    return bool(board[_STOPPED] == 0)
 
 
 @compiled
