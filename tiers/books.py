@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from tiers.allocator import COLD_BLOCK
 from tiers.compiled import Compiler
 
 Indices = npt.NDArray[np.int64]
@@ -161,6 +162,37 @@ def note_places(
             block[frames[i]] = blocks[i]
 
 
+@compiled
+def beside_whole(
+    table: npt.NDArray[np.int32],
+    pages: Indices,
+    cluster_pages: int,
+    n_clusters: int,
+    resident_min: int,
+    out: Indices,
+) -> int:
+    """Fill `out` for a dense page table as `PageTable.beside_whole` says; return how many."""
+    count = 0
+    before = -1
+    for page in pages:
+        cluster = page // cluster_pages
+        if cluster == before or cluster >= n_clusters:
+            continue
+        before = cluster
+        is_beside = False
+        for beside in (cluster - 1, cluster + 1):
+            if beside < 0 or beside >= n_clusters:
+                continue
+            n_resident = 0
+            for neighbour in range(beside * cluster_pages, (beside + 1) * cluster_pages):
+                n_resident += table[neighbour] >= 0
+            is_beside |= n_resident >= resident_min
+        if is_beside:
+            out[count] = cluster
+            count += 1
+    return count
+
+
 def load() -> Any:
     """Compile, or load, what the first fault would otherwise wait for under the store's mutex."""
     nothing = np.empty(0, np.int64)
@@ -174,5 +206,6 @@ def load() -> Any:
     enter(numbers, nothing, np.zeros(1, np.uint8), numbers, nothing, nothing, 0, 0)
     keys(numbers, nothing, nothing)
     first_other(nothing, nothing)
+    beside_whole(numbers, nothing, 1, 0, 1, nothing)
     note_places(flags, flags, nothing, nothing, nothing, words, 0)
     unpack(words[:, :2].copy(), nothing, np.zeros(4, np.uint64), nothing, nothing, words)

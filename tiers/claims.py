@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tiers.condition import Condition
-from tiers.errors import NestedClaimError
+from tiers.errors import CorruptionError, NestedClaimError, StoreIOError
+from tiers.page_map import ABSENT_WORD, FIRST_SPACE
 from tiers.pager import Indices, Pager
 from tiers.requests import Request, require_spaces
 from tiers.space import Space
@@ -135,6 +136,8 @@ class Claims:
                 # Meanwhile somebody may have dropped a space.
                 require_spaces(requests, pager.spaces)
                 frames_of = self._bring_in(requests, reserve)
+                if reserve is None:
+                    self._read_ahead()
                 with pager.mutex:
                     return self._grant(frames_of, reserve is not None, on_release)
         finally:
@@ -201,6 +204,28 @@ class Claims:
                 self._pager.unpin(frames_of)
             raise
         return frames_of
+
+    def _read_ahead(self) -> None:
+        """Bring in neighbours of what the last fault missed, where that is of use. I/O lock held.
+
+        A page that cannot be read does no harm here: its own claim will say so.
+        """
+        pager = self._pager
+        with pager.mutex:
+            wanted = pager.read_ahead.wanted(pager.missed, pager.frames.n_dram)
+            if not wanted:
+                return
+            n_used = pager.counts["prefetch_used"]
+            n_unused = pager.counts["prefetched"] - n_used
+            n_wasted = n_unused - int(pager.frames.prefetched.sum())
+            if not pager.read_ahead.may(n_used, n_wasted):
+                return
+        for space, pages in wanted:
+            try:
+                entries = pager.map.lookup(FIRST_SPACE + space.number, pages)
+                pager.fetch_wave(space, pages[entries[:, 0] != ABSENT_WORD])
+            except (CorruptionError, StoreIOError):
+                return
 
     def _grant(
         self, frames_of: list[Indices], write: bool, on_release: Callable[[], None]

@@ -33,6 +33,9 @@ BYTES_PER_FRAME_RECORD = 4 + 8 + 4 + 5 * 1 + 8 + 1 + 4 + POLICY_BYTES_PER_FRAME 
 
 TOUCHES_MAX = 255
 
+SPARES_MAX = 16
+FRAMES_PER_SPARE = 128
+
 
 class Tier(IntEnum):
     """Which memory a frame is."""
@@ -111,6 +114,11 @@ class Frames:
     def n_frames(self) -> int:
         """Frames of both tiers."""
         return self.n_dram + self.n_cxl
+
+    @property
+    def n_spare(self) -> int:
+        """Frames to give up beside those that are needed: most faults of a page find one free."""
+        return min(SPARES_MAX, self.n_dram // FRAMES_PER_SPARE)
 
     @property
     def n_frames_max(self) -> int:

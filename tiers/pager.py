@@ -36,23 +36,19 @@ from tiers.page_map import (
 )
 from tiers.placement import Placement
 from tiers.policies import policy_class
+from tiers.readahead import ReadAhead
 from tiers.requests import Request as Request
 from tiers.requests import checked
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
 from tiers.tags import Tag, Tags
-from tiers.transfer import IN_FLIGHT
+from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD
 
 Indices = npt.NDArray[np.int64]
 
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
-IN_FLIGHT_PREFETCH = 2
-"""Transfers in flight for pages that nobody asked for yet."""
-SPARES_MAX = 16
-FRAMES_PER_SPARE = 128
-"""One frame in so many is given up ahead, so that most faults of one page choose no victim."""
 WRITE_ATTEMPTS = 3
 COUNTS = (
     *("hits", "misses", "prefetched", "prefetch_used", "dirtied"),
@@ -83,6 +79,8 @@ class Pager:
     spaces : dict of int to Space
     latencies : Latencies
         Of the reads of each demand.
+    missed : list of (Space, int64 array)
+        What the last fault had to bring in.
     """
 
     frames: Frames
@@ -105,6 +103,8 @@ class Pager:
         self.on_evict: Callable[[Indices], None] | None = None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.latencies = Latencies()
+        self.read_ahead = ReadAhead()
+        self.missed: list[Request] = []
         self._link = budget.link
         self._policy_class = policy_class(policy)
         self.memory = Memory(budget.dram_bytes, root.page_bytes, has_tags=root.has_tags)
@@ -214,10 +214,12 @@ class Pager:
         """
         with self.mutex:
             pages = pages[space.table.lookup(pages) < 0]
+        if len(pages) == 0:
+            return 0
         frames = self.obtain(len(pages), wait=False)
         pages = pages[: len(frames)]
         try:
-            self.load(space, pages, frames, IN_FLIGHT_PREFETCH)
+            self.load(space, pages, frames, IN_FLIGHT_AHEAD)
         except BaseException:
             with self.mutex:
                 self.frames.return_free(frames)
@@ -270,6 +272,7 @@ class Pager:
         missing: list[Request] = []
         frames_of: list[Indices] = []
         taken = _NOTHING
+        self.missed = missing
         try:
             with self.mutex:
                 n_missing = 0
@@ -330,7 +333,7 @@ class Pager:
                         return taken
                     needed = max(0, needed - self.frames.n_limbo_of(tier))
                     if needed and tier == Tier.DRAM:
-                        needed += min(SPARES_MAX, self.frames.n_dram // FRAMES_PER_SPARE)
+                        needed += self.frames.n_spare
                     victims = self.placement.victims(needed, tier)
                     if len(victims) == 0:
                         if not wait:
@@ -434,9 +437,8 @@ class Pager:
     ) -> None:
         """Fill frames with pages, read and verified, or with their initial value. I/O lock held."""
         tree = FIRST_SPACE + space.number
-        n_pages = len(pages)
-        blocks, crcs = np.empty(n_pages, np.int64), np.empty(n_pages, np.int64)
-        names = np.empty((n_pages, 6), np.uint64)
+        blocks, crcs = np.empty((2, len(pages)), np.int64)
+        names = np.empty((len(pages), 6), np.uint64)
         n_absent = self._books.unpack(
             *(self.map.lookup(tree, pages), pages, identity_words(self.store_id, tree)),
             *(blocks, crcs, names),

@@ -34,6 +34,8 @@ Words = npt.NDArray[np.int64]
 
 IN_FLIGHT = 8
 """Runs in flight unless told; eight saturate a 64 KiB random load on one NVMe device."""
+IN_FLIGHT_AHEAD = 2
+"""Runs in flight of pages that nobody asked for yet."""
 IN_FLIGHT_MAX = 64
 
 RUN_BUFFERS_MAX = 16
