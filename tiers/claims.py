@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tiers.condition import Condition
-from tiers.errors import CorruptionError, NestedClaimError, StoreIOError
+from tiers.errors import NestedClaimError, TierError
 from tiers.page_map import ABSENT_WORD, FIRST_SPACE
 from tiers.pager import Indices, Pager
 from tiers.requests import Request, require_spaces
@@ -224,7 +224,7 @@ class Claims:
             try:
                 entries = pager.map.lookup(FIRST_SPACE + space.number, pages)
                 pager.fetch_wave(space, pages[entries[:, 0] != ABSENT_WORD])
-            except (CorruptionError, StoreIOError):
+            except TierError:
                 return
 
     def _grant(

@@ -87,7 +87,7 @@ class S3FifoState(NamedTuple):
 @compiled
 def _move(state: S3FifoState, frame: int, queue: int) -> None:
     """Put a frame at the front of a queue, or into none."""
-    state.counts[_N_SMALL] += (queue == _SMALL) - (state.queue[frame] == _SMALL)
+    state.counts[_N_SMALL] += int(queue == _SMALL) - int(state.queue[frame] == _SMALL)
     state.queue[frame] = queue
     unlink(state.links, _FIRST_NODE + frame)
     if queue != _NO_QUEUE:
