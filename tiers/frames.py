@@ -24,6 +24,7 @@ from tiers.arena import Arena
 from tiers.space import Space
 
 Indices = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 POLICY_BYTES_PER_FRAME = 56
 """What the largest eviction policy takes a frame."""
@@ -124,6 +125,11 @@ class Frames:
     def n_frames_max(self) -> int:
         """How many frames `resize` can make of them."""
         return self._memory.n_frames_max
+
+    @property
+    def places(self) -> tuple[Flags, Flags, Indices]:
+        """What says where pages lie: `cold`, `private`, `block`."""
+        return self.cold, self.private, self.block
 
     @property
     def n_free(self) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from tiers.allocator import BLOCK_BYTES, COLD_BLOCK, Allocator
+from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.budget import Budget
 from tiers.checksum import bound_crc32c, identity_words
 from tiers.disk import Bytes, aligned_buffer
@@ -100,7 +100,7 @@ class Pager:
         self.spaces: dict[int, Space] = {}
         # Asked while something is waited for; the store puts its own question here.
         self.require_usable: Callable[[], None] = lambda: None
-        self.on_evict: Callable[[Indices], None] | None = None
+        self.on_evict: Callable[[Indices], None] = lambda frames: None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.latencies = Latencies()
         self.read_ahead = ReadAhead()
@@ -424,8 +424,7 @@ class Pager:
 
     def evict(self, frames: Indices, *, count: bool = True) -> None:
         """Unmap frames. Mutex held."""
-        if self.on_evict is not None:
-            self.on_evict(frames)
+        self.on_evict(frames)
         self.placement.remove(frames)
         self.frames.unmap(self.spaces, frames)
         if count:
@@ -459,9 +458,7 @@ class Pager:
             )
             self.verify_sums(space, found, crcs[wave], blocks[wave], names[wave])
         with self.mutex:
-            all_ = self.frames
-            places = (all_.cold, all_.private, all_.block, frames, blocks, names)
-            self._books.note_places(*places, self.map.version)
+            self._books.note_places(*self.frames.places, frames, blocks, names, self.map.version)
 
     def verify_sums(
         self, space: Space, found: Indices, crcs: Indices, blocks: Indices, names: Words
