@@ -1,13 +1,17 @@
 """The cold tier: packs that plain zarr opens, and pages that survive whatever happens to them."""
 
 import json
+import tracemalloc
+from contextlib import suppress
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numcodecs import zstd
 
 from tiers import Budget, Constant, Store
 from tiers.backup import backup
@@ -672,3 +676,47 @@ class TestRounds:
             found.append(store.is_cold(space, np.arange(1500)))
             store.close()
         assert (found[0] == found[1]).all() and found[0].any()
+
+
+NUMBERS = st.integers(0, 1 << 64) | st.integers(0, 5000) | st.just((1 << 64) - 1)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_forged_pack_is_refused_or_reads(data):
+    """Spans and chunks of any kind behind right checksums: a typed error, and memory is bounded."""
+
+    def sealed(content):
+        return content + google_crc32c.value(content).to_bytes(4, "little")
+
+    packs = Packs(new_disk(), PLACE.parent / "cold", PAGE)
+    packs.write(0, np.ones((3, 4), np.uint64), content_of([1, 2, 3]))
+    chunks = b""
+    spans = []
+    for _ in range(data.draw(st.integers(0, 4))):
+        size_bytes = data.draw(st.sampled_from((0, 10, PAGE, 1 << 26)))
+        frame = zstd.compress(np.zeros(size_bytes, np.uint8), 1)
+        noise = bytearray(frame)
+        if noise and data.draw(st.booleans()):
+            noise[data.draw(st.integers(0, len(noise) - 1))] ^= data.draw(st.integers(1, 255))
+        spans.append((len(chunks), len(noise) + 4))
+        chunks += sealed(bytes(noise))
+    while len(spans) < packs.n_slots:
+        spans.append((data.draw(NUMBERS) % (1 << 64), data.draw(NUMBERS) % (1 << 64)))
+        if len(spans) > 8:
+            spans += [((1 << 64) - 1,) * 2] * (packs.n_slots - len(spans))
+    content = chunks + sealed(np.array(spans, "<u8").tobytes())
+    disk = packs._disk
+    disk.unlink(packs._pages_path(0))
+    file = disk.open(packs._pages_path(0), "create", direct=False)
+    disk.write_batch(file, [0], [np.frombuffer(content, np.uint8)])
+    disk.close(file)
+    tracemalloc.start()
+    try:
+        for slot in range(10):
+            buffer = np.zeros(PAGE, np.uint8)
+            with suppress(CorruptionError):
+                packs.read([packs.first_block(0) + slot], [buffer])
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()

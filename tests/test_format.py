@@ -14,7 +14,7 @@ import pytest
 
 from tiers import Constant, Store, Uniform
 from tiers.errors import FormatVersionError, SalvageError
-from tiers.root import FORMAT_VERSION, FORMATS_READ
+from tiers.root import FORMAT_VERSION, FORMAT_VERSION_COLD, FORMATS_READ
 from tiers.salvage import salvage
 from tiers.space import uniform_at
 
@@ -58,11 +58,14 @@ def write_sample(target):
                         values = (part * 7 + step * 31) % 251
                         store.arena[claim.frames[0]] = values[:, None].astype(np.uint8)
                 store.commit(attributes={"kind": "sample"}, meta={"step": step})
+            store.demote(pages, pages_of(2))
+            store.commit()
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for file in sorted(path.iterdir()):
+            for file in sorted(path.rglob("*")):
                 if file.is_file():
                     content = b"" if file.name == "lock" else file.read_bytes()
-                    archive.writestr(zipfile.ZipInfo(file.name), content, zipfile.ZIP_DEFLATED)
+                    name = zipfile.ZipInfo(file.relative_to(path).as_posix())
+                    archive.writestr(name, content, zipfile.ZIP_DEFLATED)
 
 
 def assert_is_sample(store):
@@ -116,6 +119,13 @@ def test_a_stored_sample_goes_on_with_all_that_is_new(sample):
         assert_is_sample(store)
 
 
+def test_the_sample_of_format_3_has_cold_pages(tmp_path):
+    with zipfile.ZipFile(SAMPLES / "format-3.zip") as archive:
+        archive.extractall(tmp_path / "store")
+    with Store.open(tmp_path / "store", BUDGET) as store:
+        assert store.is_cold(store.space("pages"), pages_of(2)).all()
+
+
 def test_a_store_of_format_1_has_no_tags_to_salvage_by(tmp_path):
     with zipfile.ZipFile(SAMPLES / "format-1.zip") as archive:
         archive.extractall(tmp_path / "store")
@@ -125,12 +135,12 @@ def test_a_store_of_format_1_has_no_tags_to_salvage_by(tmp_path):
 
 def test_a_newer_format_is_refused_and_named(sample, monkeypatch):
     monkeypatch.setattr("tiers.root.FORMATS_READ", ())
-    with pytest.raises(FormatVersionError, match=r"format version [12] is unknown"):
+    with pytest.raises(FormatVersionError, match=r"format version [123] is unknown"):
         Store.open(sample, BUDGET)
 
 
 def test_every_format_that_is_read_has_a_sample():
-    assert FORMATS_READ[-1] == FORMAT_VERSION
+    assert {FORMAT_VERSION, FORMAT_VERSION_COLD} <= set(FORMATS_READ)
     assert all((SAMPLES / f"format-{number}.zip").is_file() for number in FORMATS_READ)
 
 

@@ -292,7 +292,8 @@ def test_tags_that_say_anything_are_salvaged_or_passed_over(data):
     for key in forged.node_keys():
         if key[0] == FIRST_SPACE and key[1] == 1:
             forged.disk.put(PAGES_PATH, forged.nodes[key].block * BLOCK_BYTES, bytes(BLOCK_BYTES))
-    slots = SlotFile(forged.disk, None, made().page_bytes, None)
+    file = forged.disk.open(PAGES_PATH, "read", direct=True)
+    slots = SlotFile(forged.disk, file, made().page_bytes, None)
     tags = Tags(slots, forged.root.store_id)
     for _ in range(data.draw(st.integers(1, 4))):
         part = data.draw(st.sampled_from(made().parts["tags"]))

@@ -488,6 +488,8 @@ class Allocator:
         bits = self._bits(number, bitmap)
         used = bits.sum(axis=1)
         broken = np.flatnonzero((used > 0) & (used < self.blocks_per_slot))
+        # The emptiest first: what is written together then lies together.
+        broken = broken[np.argsort(used[broken], kind="stable")]
         rows = broken[:SPARE_BLOCKS] if len(broken) else np.flatnonzero(used == 0)[:1]
         if self.blocks_per_slot == 1:
             rows = np.flatnonzero(used == 0)[:SPARE_BLOCKS]

@@ -51,6 +51,14 @@ def pack_entry(block: int, version: int, crc: int) -> tuple[int, int]:
     return block | (version & 0xFFFF) << 48, version >> 16 | crc << 32
 
 
+def pack_entries(blocks: Indices, version: int, crcs: Indices) -> Words:
+    """Return entries, uint64 (n, 2), of one version."""
+    entries = np.empty((len(blocks), 2), np.uint64)
+    entries[:, 0] = blocks.astype(np.uint64) | np.uint64((version & 0xFFFF) << 48)
+    entries[:, 1] = crcs.astype(np.uint64) << np.uint64(32) | np.uint64(version >> 16)
+    return entries
+
+
 def unpack_entry(word0: int, word1: int) -> tuple[int, int, int]:
     """Return (block, version, crc) of an entry that is not absent."""
     return word0 & PLACE_MASK, word0 >> 48 | (word1 & 0xFFFFFFFF) << 16, word1 >> 32

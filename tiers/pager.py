@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.budget import Budget
-from tiers.checksum import bound_crc32c, identity_words
+from tiers.checksum import bound_crc32c, bound_crcs32c, identity_words
 from tiers.disk import Bytes, aligned_buffer
 from tiers.errors import ClaimTooLargeError, CorruptionError
 from tiers.frames import Frames, Tier
@@ -31,6 +31,7 @@ from tiers.page_map import (
     Words,
     are_private,
     depth_of,
+    pack_entries,
     pack_entry,
     unpack_entry,
 )
@@ -42,13 +43,15 @@ from tiers.requests import checked
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
-from tiers.tags import Tag, Tags
+from tiers.tags import Tags
 from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD
 
 Indices = npt.NDArray[np.int64]
 
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
+WRITE_WAVE_PAGES = 256
+"""Of writes, which nobody waits for page by page."""
 WRITE_ATTEMPTS = 3
 COUNTS = (
     *("hits", "misses", "prefetched", "prefetch_used", "dirtied"),
@@ -521,56 +524,30 @@ class Pager:
         """Write frames, which nobody changes, to their slots and name them. I/O lock held."""
         books = self.frames
         frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
-        for start in range(0, len(frames), WAVE_PAGES):
-            wave = frames[start : start + WAVE_PAGES]
-            crcs = [
-                bound_crc32c(
-                    books.arena[frame],
-                    self.store_id,
-                    FIRST_SPACE + int(books.space[frame]),
-                    0,
-                    int(books.page[frame]),
-                    self.map.version,
-                )
-                for frame in wave
-            ]
+        for start in range(0, len(frames), WRITE_WAVE_PAGES):
+            wave = frames[start : start + WRITE_WAVE_PAGES]
+            spaces, pages = books.space[wave].astype(np.int64), books.page[wave]
+            names = np.empty((len(wave), 6), np.uint64)
+            for number in np.unique(spaces).tolist():
+                names[spaces == number, :4] = identity_words(self.store_id, FIRST_SPACE + number)
+            names[:, 4], names[:, 5] = pages, self.map.version
+            contents = [books.arena[frame] for frame in wave.tolist()]
+            crcs = bound_crcs32c(contents, names)
             try:
-                self.slots.write_blocks(
-                    books.block[wave].tolist(), [books.arena[frame] for frame in wave]
-                )
+                self.slots.write_blocks(books.block[wave].tolist(), contents)
             except OSError:
                 for frame in wave:
                     self._write_page_elsewhere(int(frame))
+            blocks = books.block[wave]
             if self.tags is not None:
                 self.has_written_tags = True
-                self.tags.write(self._tags_of(wave, crcs))
-            entries = np.array(
-                [
-                    pack_entry(int(books.block[frame]), self.map.version, crc)
-                    for frame, crc in zip(wave, crcs, strict=True)
-                ],
-                np.uint64,
-            )
-            for number in np.unique(books.space[wave]):
-                of_space = books.space[wave] == number
-                self.map.set_entries(
-                    FIRST_SPACE + int(number), books.page[wave[of_space]], entries[of_space]
-                )
+                self.tags.write(blocks, spaces, pages, self.map.version, crcs)
+            entries = pack_entries(blocks, self.map.version, crcs)
+            for number in np.unique(spaces).tolist():
+                chosen = spaces == number
+                self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
             with self.mutex:
                 books.dirty[wave] = False
-
-    def _tags_of(self, frames: Indices, crcs: list[int]) -> list[Tag]:
-        books = self.frames
-        fields = zip(
-            books.block[frames].tolist(),
-            books.space[frames].tolist(),
-            books.page[frames].tolist(),
-            crcs,
-            strict=True,
-        )
-        return [
-            Tag(block, space, page, self.map.version, crc) for block, space, page, crc in fields
-        ]
 
     def _write_page_elsewhere(self, frame: int) -> None:
         """Write one page, to another slot where the device refuses one; that one is given up."""

@@ -308,7 +308,7 @@ def decode_root_file(content: bytes, path: str) -> Root:
     for number in range(4):
         copy = _decode_copy(content[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
         if isinstance(copy, int):
-            raise FormatVersionError(path, copy, FORMATS_READ[-1])
+            raise FormatVersionError(path, copy, FORMAT_VERSION_COLD)
         if copy is None:
             damaged.append(number)
         elif newest is None or _age(copy) > _age(newest):

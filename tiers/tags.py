@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, TAG_BYTES, tag_slots
 from tiers.disk import Bytes, aligned_buffer
@@ -31,8 +32,19 @@ from tiers.slots import SlotFile
 
 _TAG = struct.Struct("<IIQQII")
 _SLOT = struct.Struct("<Q")
+_FIELDS = np.dtype(
+    [
+        ("crc", "<u4"),
+        ("space", "<u4"),
+        ("page", "<u8"),
+        ("version", "<u8"),
+        ("page_crc", "<u4"),
+        ("zero", "<u4"),
+    ]
+)
 TAGS_A_BLOCK = BLOCK_BYTES // TAG_BYTES
 CACHED_BLOCKS = 16
+Columns = npt.NDArray[np.int64]
 PAGES_MAX = 1 << 63
 SWEEP_BLOCKS = 256
 
@@ -79,25 +91,32 @@ class Tags:
         self._free = list(range(CACHED_BLOCKS))
         self._cached: OrderedDict[int, int] = OrderedDict()
 
-    def write(self, tags: Sequence[Tag]) -> None:
+    def write(
+        self, blocks: Columns, spaces: Columns, pages: Columns, version: int, crcs: Columns
+    ) -> None:
         """Write tags over those of the same slots; durable after the page file's sync.
+
+        Parameters
+        ----------
+        blocks, spaces, pages, crcs : int64 arrays (n,)
+            First block of each slot, and what it holds.
+        version : int
 
         Raises
         ------
         StoreIOError, StoreFullError
             If the operating system refuses.
         """
-        by_block: dict[int, list[Tag]] = {}
-        for tag in tags:
-            by_block.setdefault(self._place(tag.block)[0], []).append(tag)
-        todo = sorted(by_block)
+        tags = self._encoded(blocks, spaces, pages, version, crcs)
+        tag_blocks, offsets = self._places(blocks)
+        rows = offsets // TAG_BYTES
+        todo = np.unique(tag_blocks).tolist()
         for start in range(0, len(todo), CACHED_BLOCKS):
             wave = todo[start : start + CACHED_BLOCKS]
             buffers = self._load(wave)
             for block, buffer in zip(wave, buffers, strict=True):
-                for tag in by_block[block]:
-                    offset = self._place(tag.block)[1]
-                    buffer[offset : offset + TAG_BYTES] = self._encode(tag)
+                chosen = tag_blocks == block
+                buffer.reshape(TAGS_A_BLOCK, TAG_BYTES)[rows[chosen]] = tags[chosen]
             try:
                 self._slots.write_blocks(wave, buffers)
             except BaseException:
@@ -141,11 +160,12 @@ class Tags:
         n_slots = BITMAP_BLOCKS // self._per_slot
         return first, min(first - (-n_slots // TAGS_A_BLOCK), file_blocks)
 
-    def _place(self, block: int) -> tuple[int, int]:
-        """Return the block with the tag of a slot, and the tag's offset in it."""
-        number, within = divmod(block, BITMAP_BLOCKS)
-        first, _ = self._tag_blocks(number, (number + 1) * BITMAP_BLOCKS)
-        in_group, rest = divmod(within // self._per_slot, TAGS_A_BLOCK)
+    def _places(self, blocks: Columns) -> tuple[Columns, Columns]:
+        """Return the blocks with the tags of slots, and the offsets of the tags in them."""
+        numbers, within = np.divmod(blocks, BITMAP_BLOCKS)
+        # The very first slot of the file is its header.
+        first = numbers * BITMAP_BLOCKS + (numbers == 0) * self._per_slot
+        in_group, rest = np.divmod(within // self._per_slot, TAGS_A_BLOCK)
         return first + in_group, rest * TAG_BYTES
 
     def _first_slot(self, block: int) -> int:
@@ -174,10 +194,20 @@ class Tags:
         for block in blocks:
             self._free.append(self._cached.pop(block))
 
-    def _encode(self, tag: Tag) -> Bytes:
-        rest = _TAG.pack(0, tag.space, tag.page, tag.version, tag.crc, 0)[4:]
-        crc = google_crc32c.value(rest + self._identity(tag.block // self._per_slot))
-        return np.frombuffer(struct.pack("<I", crc) + rest, np.uint8)
+    def _encoded(
+        self, blocks: Columns, spaces: Columns, pages: Columns, version: int, crcs: Columns
+    ) -> Bytes:
+        """Return tags, uint8 (n, 32)."""
+        tags = np.zeros(len(blocks), _FIELDS)
+        tags["space"], tags["page"], tags["version"] = spaces, pages, version
+        tags["page_crc"] = crcs
+        raw = tags.view(np.uint8).reshape(-1, TAG_BYTES)
+        slots = (blocks // self._per_slot).tolist()
+        tags["crc"] = [
+            google_crc32c.value(row[4:].tobytes() + self._identity(slot))
+            for row, slot in zip(raw, slots, strict=True)
+        ]
+        return raw
 
     def _decode(self, raw: bytes, slot: int) -> Tag | None:
         crc, space, page, version, page_crc, _ = _TAG.unpack(raw)
