@@ -521,8 +521,8 @@ def test_a_round_that_breaks_off_between_two_steps_makes_the_store_refuse(monkey
     def fail(self):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(Migrator, "_promote", fail)
     store, _ = make_store(migration=Migration(interval_s=0.001))
+    monkeypatch.setattr(Migrator, "_promote", fail)
     wait_until(lambda: not store._daemon.is_running)
     with pytest.raises(StorePoisonedError, match=r"round of migration .* RuntimeError"):
         store.stats()

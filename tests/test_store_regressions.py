@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ import tiers.files
 import tiers.reached
 import tiers.tags
 import tiers.transaction
-from tiers import Constant, Space, SpaceSpec, Store
+from tiers import Budget, Constant, Migration, Space, SpaceSpec, Store
 from tiers.catalogue import MetaError
 from tiers.errors import (
     CorruptionError,
@@ -403,3 +404,33 @@ def test_a_power_cut_while_a_store_is_opened_leaves_one_root_whole(
             image = power_cut(disk.log, k, np.random.default_rng(seed))
             with Store.open(PLACE, "1MiB", disk=image) as reopened:
                 assert reopened.meta["step"] in (2, 3)
+
+
+@pytest.mark.parametrize("migration", [None, Migration(), Migration(interval_s=None)])
+def test_a_closed_store_gives_its_memory_back_without_the_garbage_collector(tmp_path, migration):
+    """Two stores in a row, each of the whole budget, must not be in memory together."""
+    budget = Budget("2MiB", cxl="64KiB", nvme="1GiB", cold="1GiB")
+    for name in ("first", "second"):
+        gc.disable()
+        try:
+            store = Store.create(tmp_path / name, budget, page_size=4096, migration=migration)
+            space = store.create_space("pages", dtype="uint8", row_width=4096, n_rows=10)
+            write(store, space, range(10), 3)
+            store.commit()
+            store.demote(space, np.arange(5))
+            store.commit()
+            memory = weakref.ref(store._pager.frames._memory)
+            store.close()
+            assert memory() is None
+        finally:
+            gc.enable()
+
+
+def test_a_view_of_the_arena_outlives_the_store(tmp_path):
+    with Store.create(tmp_path / "store", "2MiB", page_size=4096) as store:
+        space = store.create_space("pages", dtype="uint8", row_width=4096, n_rows=10)
+        write(store, space, [3], 3)
+        with store.claim([(space, np.array([3]))]) as claim:
+            view = store.arena[claim.frames[0][0]]
+    assert (view == 3).all()
+    assert len(store.arena) == 0

@@ -46,7 +46,7 @@ from tiers.pager import Indices, Pager, Request
 from tiers.space import Space
 from tiers.transaction import Transaction
 
-Claim = Callable[[Sequence[Request]], AbstractContextManager[Any]]
+Claim = Callable[[list[Request]], AbstractContextManager[Any]]
 Section = Callable[[], AbstractContextManager[None]]
 Choice = Callable[[Space, Indices], Indices]
 
@@ -94,7 +94,7 @@ class Cold:
     changing : callable
         Holds the locks of the store's writer, which may hold them already.
     claim : callable
-        ``claim([(space, pages), ...])``; a write claim.
+        ``claim([(space, pages)])``; a write claim on pages that ascend.
     size_bytes_max : int or None
         The budget of the cold tier.
 

@@ -159,6 +159,11 @@ class Frames:
     def n_mapped(self) -> int:
         return int((self.space >= 0).sum())
 
+    def release(self) -> None:
+        """Let go of the memory, which is given back once nobody has a view of it any more."""
+        del self._memory
+        self.arena = self.arena[:0].copy()
+
     # Epochs
 
     def enter_epoch(self) -> int:

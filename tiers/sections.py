@@ -16,12 +16,13 @@ pins to go away.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from tiers.claims import Claims
+from tiers.claims import Claim, Claims
 from tiers.condition import Condition
 from tiers.page_map import PageMap
+from tiers.pager import Request
 
 
 class Sections:
@@ -65,6 +66,20 @@ class Sections:
             if whole:
                 self.require_whole()
             yield
+
+    def claim(self, requests: list[Request], reserve: Callable[[list[Request]], None]) -> Claim:
+        """Grant a write claim on checked requests; other writers wait until it is released.
+
+        `reserve` sees to it that the pages can be written.
+        """
+        self.refuse_reader()
+        self.writer.acquire()
+        try:
+            self.require_whole()
+            return self._claims.take(requests, reserve=reserve, on_release=self.writer.release)
+        except BaseException:
+            self.writer.release()
+            raise
 
     @contextmanager
     def updating(self) -> Iterator[None]:

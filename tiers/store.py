@@ -78,7 +78,7 @@ class Store(Residence, Upkeep):
             self._pager,
             self._transaction,
             partial(self._sections.changing, "a move to the cold tier"),
-            partial(self.claim, write=True),
+            partial(self._sections.claim, reserve=self._transaction.ensure_room),
             budget.cold_bytes,
         )
         self.snapshots = Snapshots(self._transaction, self._pager, self._sections.alone)
@@ -208,6 +208,8 @@ class Store(Residence, Upkeep):
             with self._pager.mutex:
                 self._condition.closed = True
                 self._pager.released.notify_all()
+                # Not when the garbage is collected: the next store may need the memory.
+                self._pager.frames.release()
             self._files.close()
 
     def __enter__(self) -> Store:
@@ -392,18 +394,7 @@ class Store(Residence, Upkeep):
             raise ClaimTooLargeError(total, self.n_frames)
         if not write:
             return self._claims.take(checked, reserve=None, on_release=lambda: None)
-        self._sections.refuse_reader()
-        self._sections.writer.acquire()
-        try:
-            self._sections.require_whole()
-            return self._claims.take(
-                checked,
-                reserve=self._transaction.ensure_room,
-                on_release=self._sections.writer.release,
-            )
-        except BaseException:
-            self._sections.writer.release()
-            raise
+        return self._sections.claim(checked, self._transaction.ensure_room)
 
     @contextmanager
     def epoch(self) -> Iterator[None]:

@@ -137,11 +137,13 @@ class _Run:
         for _ in range(n_transactions):
             for _ in range(self.rng.integers(1, 8 if self.is_deep else 5)):
                 self.change()
-                if self.has_cold and self.rng.random() < 0.3:
+                if self.has_cold and self.store.spaces and self.rng.random() < 0.3:
                     self.move()
             self.end()
             if self.has_cold and self.rng.random() < 0.15:
                 self.compact()
+                if not self.store.spaces:
+                    self.create_space()
         self.store.close()
         return Recording(self.seed, self.page_bytes, self.disk.log, self.states)
 
@@ -206,6 +208,8 @@ class _Run:
             self.disk.power_off()
             self.reopen()
         self.disk.cut_after(None)
+        if not self.store.spaces:
+            self.create_space()
 
     def compact(self) -> None:
         """Compact, which commits the same state again and again; one in four is killed."""
