@@ -87,6 +87,12 @@ def make(path, disk=None, n_pages=N_PAGES, budget=BUDGET):
     return store, space
 
 
+def commit_twice(store):
+    """Commit, and once more: what the first one emptied is removed by the second."""
+    store.commit()
+    store.commit(meta={"commit": store.commit_number})
+
+
 def packs_of(store):
     return store._pager.slots.packs
 
@@ -197,10 +203,12 @@ def test_a_promotion_frees_the_pack(tmp_path):
     assert packs_of(store).numbers() == [0, 1]
     assert store.promote(space, ALL[:512]) == 512
     store.commit()
+    assert packs_of(store).numbers() == [0, 1], "the commit before is whole until the next one"
+    store.commit(meta={})
     assert packs_of(store).numbers() == [1], "the first pack is dead"
     assert differing(store, space, ALL) == []
     store.discard(space, 0, N_PAGES)
-    store.commit()
+    commit_twice(store)
     assert packs_of(store).numbers() == []
     assert store.stats()["tiers"]["cold"]["used_bytes"] == 0
     store.check()
@@ -226,7 +234,7 @@ def test_a_snapshot_keeps_what_it_needs(tmp_path):
     store.check()
     store.snapshots.drop("before")
     write(store, space, ALL[:300], step=3)
-    store.commit()
+    commit_twice(store)
     assert packs_of(store).numbers() == []
     assert store.check()["blocks_lost"] == 0
     store.close()
@@ -460,7 +468,7 @@ def test_every_fault_leaves_the_last_commit(action, persistent):
             store.check()
         if is_through or (persistent and not failed):
             assert not failed
-            assert at > 10
+            assert at > 5
             return
     raise AssertionError("never a clean run")
 

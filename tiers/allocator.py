@@ -126,6 +126,7 @@ class Allocator:
         self.dead_packs: list[int] = []
         self.worn_packs: set[int] = set()
         self._emptied: list[int] = []
+        self._commit = 0
         self._held_packs: list[tuple[int, list[int]]] = []
         self.spare: list[int] = []
         self._cursor = 0
@@ -335,6 +336,7 @@ class Allocator:
         """
         freed = {number: bits for number, bits in self._pending.items() if number < COLD_GROUP}
         self._pending = {}
+        self._commit = commit
         if self._emptied:
             self._held_packs.append((commit, self._emptied))
             self._emptied = []
@@ -356,8 +358,11 @@ class Allocator:
                 if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
                     self._summarise(number, self._tree.bitmap(number))
 
+        # One commit later than blocks, which are not written over before the next one either: the
+        # commit before is what is left if the device should lose a root.
         while self._held_packs and (
-            oldest_reader is None or oldest_reader >= self._held_packs[0][0]
+            self._held_packs[0][0] < self._commit
+            and (oldest_reader is None or oldest_reader >= self._held_packs[0][0])
         ):
             self.dead_packs += self._held_packs.pop(0)[1]
 

@@ -19,9 +19,10 @@ what they were.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -67,8 +68,9 @@ class Filling:
         Which pages.
     entries : list of uint64 arrays (n, 2)
         Where the map had them.
-    ids : uint64 array (n, 4)
     content : uint8 array (n, page_bytes)
+    ids : uint64 array (n, 4)
+        Once it is written.
     is_named : bool
         Whether it belongs to the transaction.
     """
@@ -77,8 +79,8 @@ class Filling:
     version: int
     requests: list[Request]
     entries: list[Words]
-    ids: Ids
     content: Bytes
+    ids: Ids = field(default_factory=lambda: np.empty((0, 4), np.uint64))
     is_named: bool = False
 
 
@@ -119,6 +121,7 @@ class Cold:
         self.size_bytes_max = size_bytes_max
         self._per_slot = pager.page_bytes // BLOCK_BYTES
         self.counts = dict.fromkeys(("demoted", "promoted", "repacked"), 0)
+        self._filling: dict[int, threading.Thread] = {}
 
     @property
     def pages_a_pack(self) -> int:
@@ -234,19 +237,24 @@ class Cold:
     def _move(self, part: list[Request], choose: Choice, naming: Section) -> int:
         """Fill one pack; return how many pages it holds."""
         for _ in range(ATTEMPTS):
-            filling = self._read(part, choose)
-            if filling is None:
-                return 0
-            self._write(filling)
-            n_named = self._name(filling, naming)
+            n_named = self._fill(part, choose, naming)
             if n_named is not None:
                 return n_named
         with self._changing():
-            filling = self._read(part, choose)
-            if filling is None:
-                return 0
+            return self._fill(part, choose, naming) or 0
+
+    def _fill(self, part: list[Request], choose: Choice, naming: Section) -> int | None:
+        """Fill a pack; return how many pages it holds, None if another commit came between."""
+        filling = self._read(part, choose)
+        if filling is None:
+            return 0
+        try:
             self._write(filling)
-            return self._name(filling, naming) or 0
+            return self._name(filling, naming)
+        finally:
+            with self._pager.mutex:
+                self._filling.pop(filling.number, None)
+                self._pager.released.notify_all()
 
     def _read(self, part: list[Request], choose: Choice) -> Filling | None:
         """Read and verify what of these pages is to move; None if nothing is."""
@@ -261,12 +269,27 @@ class Cold:
             version = pager.map.version
             content = self._verified(requests, entries)
             number = self._transaction.reserve_pack()
+            with pager.mutex:
+                self._filling[number] = threading.current_thread()
+            filling = Filling(number, version, requests, entries, content)
+        return filling
+
+    def _write(self, filling: Filling) -> None:
+        pager, packs = self._pager, self._pager.slots.packs
         ids = []
-        keys = ((space.number, page) for space, pages in requests for page in pages.tolist())
-        for raw, key in zip(content, keys, strict=True):
-            crc = bound_crc32c(raw, pager.store_id, FIRST_SPACE + key[0], 0, key[1], version)
-            ids.append((*key, version, crc))
-        return Filling(number, version, requests, entries, np.array(ids, np.uint64), content)
+        keys = (
+            (space.number, page) for space, pages in filling.requests for page in pages.tolist()
+        )
+        for raw, key in zip(filling.content, keys, strict=True):
+            tree = FIRST_SPACE + key[0]
+            crc = bound_crc32c(raw, pager.store_id, tree, 0, key[1], filling.version)
+            ids.append((*key, filling.version, crc))
+        filling.ids = np.array(ids, np.uint64)
+        try:
+            packs.write(filling.number, filling.ids, filling.content)
+        except BaseException:
+            packs.remove_dead([filling.number])
+            raise
 
     def _verified(self, requests: list[Request], entries: list[Words]) -> Bytes:
         """Return the bytes of stored pages, uint8 (n, page_bytes)."""
@@ -281,14 +304,6 @@ class Cold:
         for raw, (space, page, place) in zip(content, found, strict=True):
             pager.verify(space, page, place, raw)
         return content
-
-    def _write(self, filling: Filling) -> None:
-        packs = self._pager.slots.packs
-        try:
-            packs.write(filling.number, filling.ids, filling.content)
-        except BaseException:
-            packs.remove_dead([filling.number])
-            raise
 
     def _name(self, filling: Filling, naming: Section) -> int | None:
         """Let the map name what of a pack is still as it was read; return how much.
@@ -305,6 +320,18 @@ class Cold:
             # A pack that belongs to the transaction may be what a commit that failed refers to.
             if not filling.is_named:
                 packs.remove_dead([filling.number])
+
+    def is_filling(self, number: int) -> bool:
+        """Return whether a pack is written just now, which nothing refers to yet. I/O lock held."""
+        return number in self._filling
+
+    def wait_for_fillings(self) -> None:
+        """Wait until nobody writes or removes a pack any more, once the store is closed."""
+        me = threading.current_thread()
+        with self._pager.mutex:
+            # Of a thread that an interrupt ended between two steps nothing more will come.
+            while any(one.is_alive() and one is not me for one in self._filling.values()):
+                self._pager.released.wait(0.1)
 
     def _name_unchanged(self, filling: Filling) -> int:
         pager = self._pager

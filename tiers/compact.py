@@ -388,8 +388,14 @@ class Compaction:
         dead = []
         for pack in packs.numbers():
             number, first = divmod(packs.first_block(pack), BITMAP_BLOCKS)
-            if not self._allocator.is_used(number)[first : first + PACK_BLOCKS].any():
+            is_used = self._allocator.is_used(number)[first : first + PACK_BLOCKS].any()
+            if not is_used and not self._cold.is_filling(pack):
                 dead.append(pack)
+        if not dead:
+            return
+        with self._condition.poisoning("a compaction"):
+            # The commit before may refer to them, and is what is left if the newest root is lost.
+            self._files.write_both_roots(self._transaction.root)
         n_left = packs.n_left
         packs.remove_dead(dead)
         self.report.packs_removed += len(dead) - (packs.n_left - n_left)

@@ -24,6 +24,8 @@ class Condition:
 
     Attributes
     ----------
+    closing : bool
+        Whoever waits for the writer's lock is told so: who closes may hold it.
     closed : bool
     poison : str or None
         A failure that left memory and disk in doubt of each other; only reopening helps.
@@ -36,6 +38,7 @@ class Condition:
         self._is_expired = is_expired
         self._process = os.getpid()
         self.read_only = read_only
+        self.closing = False
         self.closed = False
         self.poison: str | None = None
         self.broken: str | None = None
@@ -55,6 +58,11 @@ class Condition:
             raise StoreClosedError(f"{self._path} is closed")
         if self.poison is not None:
             raise StorePoisonedError(f"{self._path} refuses: {self.poison}; reopen it")
+
+    def require_open(self) -> None:
+        """Raise if the store is closed, or about to be."""
+        if self.closing or self.closed:
+            raise StoreClosedError(f"{self._path} is closed")
 
     def require_writable(self) -> None:
         """Raise unless the store can be written, aborts included."""

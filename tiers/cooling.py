@@ -127,11 +127,15 @@ class Cooling:
 
     def _promote(self, n_pages: int) -> int:
         pager = self._pager
-        frames = pager.frames
         with pager.mutex:
             wanted = np.flatnonzero(self._wanted())
         if not len(wanted) or self._is_too_full():
             return 0
+        return self._without_damage(partial(self._promote_wanted, n_pages))
+
+    def _promote_wanted(self, n_pages: int) -> int:
+        pager, frames = self._pager, self._pager.frames
+        # What fails half-way is undone, not committed.
         with self._committing():
             with pager.mutex:
                 wanted = np.flatnonzero(self._wanted())[: min(n_pages, frames.n_dram // 4)]
@@ -139,7 +143,11 @@ class Cooling:
                     (pager.spaces[n], np.sort(frames.page[wanted[frames.space[wanted] == n]]))
                     for n in np.unique(frames.space[wanted]).tolist()
                 ]
-            return self._without_damage(partial(self._cold.promote, requests))
+            n_moved = self._cold.promote(requests)
+            with pager.mutex:
+                # Whose pages an abort has brought back to slots.
+                frames.cold[wanted] = False
+            return n_moved
 
     def _cold_enough(self, n_pages: int) -> list[Request]:
         """Return pages that are to be demoted in this round. I/O lock held."""

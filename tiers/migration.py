@@ -25,6 +25,7 @@ from tiers.bandwidth import Bandwidth
 from tiers.claims import Claims
 from tiers.condition import Condition
 from tiers.cooling import Cooling
+from tiers.errors import StoreClosedError, TransactionBrokenError
 from tiers.frames import Tier
 from tiers.pager import Indices, Pager
 from tiers.watermarks import Migration, n_swaps
@@ -143,7 +144,11 @@ class Migrator:
         is_fit = not (condition.forked or condition.closed or condition.poison or condition.broken)
         if self._cooling is None or not is_fit or not n_pages:
             return
-        moved_bytes = 2 * self._cooling.round(n_pages) * self._pager.page_bytes
+        try:
+            n_moved = self._cooling.round(n_pages)
+        except (StoreClosedError, TransactionBrokenError):
+            return  # while this waited for its turn; there are rounds after the writer's abort
+        moved_bytes = 2 * n_moved * self._pager.page_bytes
         self._bandwidth.spend(moved_bytes)
         self.bytes_moved += moved_bytes
 

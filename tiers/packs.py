@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
@@ -78,6 +79,7 @@ class Packs:
         self._per_slot = page_bytes // BLOCK_BYTES
         self._opened: tuple[ZarrStore, Any, Any] | None = None
         self._has_directory = False
+        self._making = threading.Lock()
         self.n_slots = PACK_BLOCKS // self._per_slot
         self._bytes_read = 0
         self.n_read = 0
@@ -138,12 +140,16 @@ class Packs:
         """
         first = pack * self.n_slots
         with self._typed_errors("writing"):
-            self._make_directories()
-            pages, table = self._arrays()
+            with self._making:
+                self._make_directories()
+                pages, table = self._arrays()
             # zarr adds to a chunk that is there: one of a transaction that never committed.
             self.remove(pack)
             table[first : first + len(ids)] = ids
-            pages[first : first + len(ids)] = content
+            if content.any():
+                pages[first : first + len(ids)] = content
+            else:
+                self._write_zeros(pack)
             for name in ("ids", "pages"):
                 self._disk.sync_directory(self._directory / name)
         self.n_written += len(ids)
@@ -178,7 +184,8 @@ class Packs:
         StoreIOError
         """
         with self._typed_errors("removing"):
-            for name in ("pages", "ids"):
+            # Not the other way round: a salvage believes what ids say.
+            for name in ("ids", "pages"):
                 path = self._directory / name / f"c.{pack}.0"
                 if self._disk.exists(path):
                     self._disk.unlink(path)
@@ -191,6 +198,17 @@ class Packs:
             except StoreIOError:
                 # It takes room and is of no harm; the next compaction tries again.
                 self.n_left += 1
+
+    def _write_zeros(self, pack: int) -> None:
+        """Write a shard without a chunk: zarr would take zeros alone for a reason to delete it."""
+        raw = np.full(self.n_slots * _SPAN_BYTES + _CRC_BYTES, 0xFF, np.uint8)
+        raw[-_CRC_BYTES:].view("<u4")[0] = google_crc32c.value(raw[:-_CRC_BYTES].tobytes())
+        file = self._disk.open(self._pages_path(pack), "create", direct=False)
+        try:
+            self._disk.write_batch(file, [0], [raw])
+            self._disk.sync(file)
+        finally:
+            self._disk.close(file)
 
     def _read_shard(self, pack: int, rows: Sequence[int], buffers: Sequence[Bytes]) -> None:
         """Read pages of one pack.

@@ -303,6 +303,7 @@ class Pager:
                 self.latencies.add(time.perf_counter_ns() - began_ns)
         except BaseException:
             with self.mutex:
+                self.frames.cold[taken] = self.frames.private[taken] = False
                 self.frames.return_free(taken)
                 self.unpin(pinned)
             raise

@@ -24,6 +24,8 @@ from tiers.condition import Condition
 from tiers.page_map import PageMap
 from tiers.pager import Request
 
+PATIENCE_S = 0.1
+
 
 class Sections:
     """The sections of one open store.
@@ -61,11 +63,15 @@ class Sections:
     def writing(self, *, whole: bool = True) -> Iterator[None]:
         """Keep other writers, commits and aborts out; if not `whole`, of a broken one too."""
         self.refuse_reader()
-        with self.writer:
+        while not self.writer.acquire(timeout=PATIENCE_S):
+            self._condition.require_open()
+        try:
             self._condition.require_writable()
             if whole:
                 self.require_whole()
             yield
+        finally:
+            self.writer.release()
 
     def claim(self, requests: list[Request], reserve: Callable[[list[Request]], None]) -> Claim:
         """Grant a write claim on checked requests; other writers wait until it is released.

@@ -200,6 +200,7 @@ class Store(Residence, Upkeep):
         if self._condition.closed or self._condition.forked:
             return
         self._claims.require_nothing_held()
+        self._condition.closing = True
         self._stop_migration()
         with self._sections.writer, self._claims.io:
             if self._condition.closed:
@@ -210,7 +211,9 @@ class Store(Residence, Upkeep):
                 self._pager.released.notify_all()
                 # Not when the garbage is collected: the next store may need the memory.
                 self._pager.frames.release()
-            self._files.close()
+        # Files of packs outlive the locks: what is written now must not meet the next writer.
+        self._cold.wait_for_fillings()
+        self._files.close()
 
     def __enter__(self) -> Store:
         return self
