@@ -84,7 +84,7 @@ class State:
         """Return the first thing in which `store` is not this state, None if it is.
 
         Every byte is read through claims; of a space of more than `PAGES_READ_MAX` pages, every
-        page that the model has written, and some of the others.
+        page that the model or the store has written, and some of the others.
         """
         names = {space.name for space in store.spaces}
         if names != set(self.specs):
@@ -101,7 +101,7 @@ class State:
                 return (
                     f"{store.n_allocated(space)} pages of {space.name!r} allocated, not {allocated}"
                 )
-            to_read = self._pages_to_read(space)
+            to_read = self._pages_to_read(space, store)
             for first in range(0, len(to_read), store.n_frames):
                 pages = to_read[first : first + store.n_frames]
                 with store.claim([(space, pages)]) as claim:
@@ -111,12 +111,13 @@ class State:
                             return f"page {page} of space {space.name!r} has other bytes"
         return None
 
-    def _pages_to_read(self, space: Space) -> npt.NDArray[np.int64]:
+    def _pages_to_read(self, space: Space, store: Store) -> npt.NDArray[np.int64]:
         if space.n_pages <= PAGES_READ_MAX:
             return np.arange(space.n_pages)
         written = [page for name, page in self.pages if name == space.name]
         some = range(0, space.n_pages, space.n_pages // OTHERS_READ)
-        return np.unique(np.array([*written, *some], np.int64))
+        # What was discarded and came back is in the store alone.
+        return np.unique(np.concatenate([np.array([*written, *some]), *store.stored_pages(space)]))
 
 
 @lru_cache(maxsize=4096)
