@@ -187,3 +187,16 @@ def test_a_thread_that_reads_cannot_wait_for_itself(tmp_path: Path) -> None:
             store.claim([(space, np.array([N_PAGES - 1]))])
         store.claim([(space, np.array([N_PAGES - 1]))]).release()
         store.check()
+
+
+def test_a_fetch_and_a_scrub_end_beside_demand_that_never_rests(tmp_path):
+    with Store.create(tmp_path / "store", "2MiB", page_size=4096) as store:
+        space = store.create_space("pages", dtype="uint8", row_width=4096, n_rows=100)
+        with store.claim([(space, np.arange(40))], write=True) as claim:
+            store.arena[claim.frames[0]] = 5
+        store.commit()
+        store._pager.forget_everything()
+        store._claims.n_waiting = 1  # a claim that waits, and another one whenever it has its turn
+        assert store.fetch(space, np.arange(40)) == 40
+        assert store.scrub().n_pages == 40
+        store._claims.n_waiting = 0

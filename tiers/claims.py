@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,8 @@ from tiers.requests import Request, require_spaces
 from tiers.space import Space
 
 PREFETCH_WAVE_PAGES = 16
+PATIENCE_S = 0.05
+"""How long a wave, or a slice of other work, lets demand go first, which may never end."""
 
 
 class Claim:
@@ -167,7 +168,7 @@ class Claims:
                 frames = space.table.lookup(pages)
                 self._pager.count_hits(frames[frames >= 0])
 
-    def wait_for_demands(self, most_s: float = math.inf) -> None:
+    def wait_for_demands(self, most_s: float = PATIENCE_S) -> None:
         """Let every claim that waits for its pages go first, for so long at most."""
         until_s = time.monotonic() + most_s
         with self._pager.mutex:

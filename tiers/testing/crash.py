@@ -102,8 +102,18 @@ def _parts_of(n_images: int) -> Iterator[int]:
 
 
 def check_recording(seed: int, n_images: int) -> Iterator[Outcome]:
-    """Record one run and check images of it; yield one outcome an image."""
-    check = RecoveryCheck(record_seed(seed))
+    """Record one run and check images of it; yield one outcome an image.
+
+    A run that fails by itself is one violation, and has no images.
+    """
+    try:
+        check = RecoveryCheck(record_seed(seed))
+    except Exception as failure:
+        violation = RecoveryError(
+            seed, 0, 0, f"the run that was to be recorded failed: {failure!r}"
+        )
+        yield Outcome(is_distinct=False, is_opened=False, violation=violation)
+        return
     length = len(check.recording.log.operations)
     rng = np.random.default_rng(seed)
     for _ in range(n_images):
