@@ -164,8 +164,8 @@ def run_swapped_leaves():
 
 def commit_without_waiting_for_writers(patch):
     class NoLock:
-        def acquire(self):
-            pass
+        def acquire(self, timeout=-1):
+            return True
 
         def release(self):
             pass
