@@ -17,6 +17,7 @@ import numpy as np
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, TAG_BYTES, tag_slots
 from tiers.catalogue import Snapshot
 from tiers.disk import Bytes
+from tiers.errors import TierError
 from tiers.page_map import ALLOCATION
 from tiers.root import ROOT_FILE_BYTES, Root, decode_root_file
 from tiers.saved_trees import Placed, SavedTrees, all_only_in, only_in
@@ -245,7 +246,7 @@ def is_copy_of(block: bytes, commit: int) -> bool:
     try:
         # Such a file has one copy; the others are damaged.
         return decode_root_file(block + bytes(3 * BLOCK_BYTES), "").commit == commit
-    except Exception:
+    except TierError:
         return False
 
 
