@@ -265,8 +265,11 @@ def optimizer_from_dict(record: Mapping[str, Any]) -> SGD | Adam:
     Raises
     ------
     OptimizerError
-        For an unknown kind, missing or unknown keys, or a parameter out of its range.
+        For what is no mapping, an unknown kind, missing or unknown keys, or a parameter out of its
+        range.
     """
+    if not isinstance(record, Mapping):
+        raise OptimizerError(f"an optimizer is described by a mapping, not by {record!r}")
     optimizer = _OPTIMIZERS.get(str(record.get("kind")))
     if optimizer is None:
         raise OptimizerError(f"kind is one of {sorted(_OPTIMIZERS)}, not {record.get('kind')!r}")

@@ -4,8 +4,10 @@ import os
 
 from hypothesis import HealthCheck, Phase, settings
 
-# Deadlines time the machine, and a kernel's first call compiles it.
-settings.register_profile("dev", max_examples=25, deadline=None)
+# Deadlines time the machine, and a kernel's first call compiles it. A plain `pytest` tries the same
+# examples every time: what it says is about the code. "explore" and "nightly" try others.
+settings.register_profile("dev", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("explore", max_examples=25, deadline=None, print_blob=True)
 settings.register_profile(
     "ci",
     max_examples=100,

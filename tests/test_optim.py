@@ -369,6 +369,7 @@ def test_state_widths():
         (lambda: Adam(beta2=1.0 - 1e-12), "beta2 .* not 0.99"),
         (lambda: Adam(epsilon=0.0), "epsilon .* not 0.0"),
         (lambda: optimizer_from_dict({}), "kind .* not None"),
+        (lambda: optimizer_from_dict([Adam().to_dict()]), "a mapping, not"),
         (lambda: optimizer_from_dict({"kind": "rmsprop"}), "kind .* not 'rmsprop'"),
         (lambda: optimizer_from_dict({"kind": "sgd"}), "keys"),
         (lambda: optimizer_from_dict({**Adam().to_dict(), "gamma": 1}), "gamma"),

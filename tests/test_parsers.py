@@ -423,6 +423,24 @@ def test_a_field_that_says_anything_of_itself_is_read_or_refused(data):
     open_and_use(disk)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("optimizer", [{"kind": "adam"}]),
+        ("optimizer", "adam"),
+        ("head", ["n_outputs", "n_hidden", "output_activation"]),
+        ("encoding", []),
+    ],
+)
+def test_a_field_whose_record_is_of_another_kind_is_refused(name, value):
+    disk, attributes = field_disk()
+    disk = disk.twin()
+    with Store.open(PATH, FIELD_BUDGET, disk=disk) as store:
+        store.commit(attributes={"field": {**attributes["field"], name: value}})
+    with pytest.raises(dpnc.errors.FieldFormatError, match="unreadable"):
+        dpnc.open(PATH, budget=FIELD_BUDGET, disk=disk)
+
+
 def open_and_use(disk):
     with (
         bounded_memory(),
