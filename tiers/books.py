@@ -146,6 +146,7 @@ def first_other(found: Indices, crcs: Indices) -> int:
 
 @compiled
 def note_places(
+    dirty: Flags,
     cold: Flags,
     private: Flags,
     block: Indices,
@@ -154,10 +155,15 @@ def note_places(
     names: Words,
     version: int,
 ) -> None:
-    """Note which pages are cold, and where those of the open transaction lie, of that version."""
+    """Note which pages are cold, and where those of the open transaction lie, of that version.
+
+    None of them is dirty; a page whose block is -1 has no slot.
+    """
     for i in range(len(frames)):
+        dirty[frames[i]] = False
         cold[frames[i]] = blocks[i] >= COLD_BLOCK
-        private[frames[i]] = names[i, 5] == np.uint64(version) and blocks[i] < COLD_BLOCK
+        is_new = blocks[i] >= 0 and names[i, 5] == np.uint64(version)
+        private[frames[i]] = is_new and blocks[i] < COLD_BLOCK
         if private[frames[i]]:
             block[frames[i]] = blocks[i]
 
@@ -207,5 +213,5 @@ def load() -> Any:
     keys(numbers, nothing, nothing)
     first_other(nothing, nothing)
     beside_whole(numbers, nothing, 1, 0, 1, nothing)
-    note_places(flags, flags, nothing, nothing, nothing, words, 0)
+    note_places(flags, flags, flags, nothing, nothing, nothing, words, 0)
     unpack(words[:, :2].copy(), nothing, np.zeros(4, np.uint64), nothing, nothing, words)

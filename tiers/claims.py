@@ -9,8 +9,10 @@ from contextlib import contextmanager
 
 from tiers.condition import Condition
 from tiers.errors import NestedClaimError, TierError
-from tiers.page_map import ABSENT_WORD, FIRST_SPACE
+from tiers.io_lock import IoLock
+from tiers.loading import Fault, Loading
 from tiers.pager import Indices, Pager
+from tiers.readahead import ReadAhead
 from tiers.requests import Request, require_spaces
 from tiers.space import Space
 
@@ -61,11 +63,12 @@ class Claims:
     ----------
     pager : Pager
     condition : Condition
-    io : RLock
-        The store's I/O lock.
+    io : IoLock
+        The store's.
 
     Attributes
     ----------
+    read_ahead : ReadAhead
     n_writes : int
         Write claims granted so far.
     stall_ns : int
@@ -74,10 +77,12 @@ class Claims:
         Claims that wait for their pages now, and most of them at once.
     """
 
-    def __init__(self, pager: Pager, condition: Condition, io: threading.RLock) -> None:
+    def __init__(self, pager: Pager, condition: Condition, io: IoLock) -> None:
         self._pager = pager
         self._condition = condition
         self.io = io
+        self.read_ahead = ReadAhead()
+        self._loading = Loading(pager, io)
         self._held = _Held()
         self.n_waiting = 0
         self.n_waiting_max = 0
@@ -131,17 +136,15 @@ class Claims:
         with pager.mutex:
             self.n_waiting += 1
             self.n_waiting_max = max(self.n_waiting_max, self.n_waiting)
+        fault = Fault()
         try:
-            with self.io, self._condition.guarding("a claim"):
-                self._condition.require_usable()
-                # Meanwhile somebody may have dropped a space.
-                require_spaces(requests, pager.spaces)
-                frames_of = self._bring_in(requests, reserve)
-                if reserve is None:
-                    self._read_ahead()
+            with self._condition.guarding("a claim"):
+                frames_of = self._bring_in(fault, requests, reserve)
                 with pager.mutex:
+                    fault.pinned.clear()
                     return self._grant(frames_of, reserve is not None, on_release)
         finally:
+            self._loading.end(fault)
             with pager.mutex:
                 self.n_waiting -= 1
                 self.stall_ns += time.perf_counter_ns() - began_ns
@@ -181,50 +184,81 @@ class Claims:
         n_fetched = 0
         for start in range(0, len(pages), PREFETCH_WAVE_PAGES):
             self.wait_for_demands()
-            with self.io, self._condition.guarding("a fetch"):
-                if self._condition.closed or self._condition.poison:
-                    break
-                wave = pages[start : start + PREFETCH_WAVE_PAGES]
-                self._pager.checked([(space, wave)])
-                n_fetched += self._pager.fetch_wave(space, wave)
+            wave = pages[start : start + PREFETCH_WAVE_PAGES]
+            n_fetched += self._fetch(space, wave, stored=False)
         return n_fetched
 
+    def _fetch(self, space: Space, pages: Indices, *, stored: bool) -> int:
+        """Bring in a wave of pages that nobody asked for yet; none of a store that refuses."""
+        fault = Fault()
+        try:
+            with self._condition.guarding("a fetch"):
+                with self.io.beside_reads():
+                    if self._condition.closed or self._condition.poison:
+                        return 0
+                    self._pager.checked([(space, pages)])
+                    self._loading.begin_ahead(fault, space, pages, stored=stored)
+                    if fault.is_cold:
+                        return self._loading.finish_ahead(fault)
+                return self._loading.finish_ahead(fault)
+        finally:
+            self._loading.end(fault)
+
     def _bring_in(
-        self, requests: list[Request], reserve: Callable[[list[Request]], None] | None
+        self,
+        fault: Fault,
+        requests: list[Request],
+        reserve: Callable[[list[Request]], None] | None,
     ) -> list[Indices]:
-        """Fault in what is missing; return the frames, pinned once. I/O lock held."""
-        if reserve is None:
-            return self._pager.fault(requests)
+        """Fault in what is missing; return the frames, pinned once."""
+        while True:
+            with self.io.beside_reads():
+                self._condition.require_usable()
+                # Meanwhile somebody may have dropped a space.
+                require_spaces(requests, self._pager.spaces)
+                if reserve is not None:
+                    return self._bring_in_to_write(fault, requests, reserve)
+                if self._loading.begin(fault, requests):
+                    self._begin_read_ahead(fault)
+                    if not fault.is_cold:
+                        break
+                    return self._loading.finish(fault)
+            self._loading.wait_for_others(requests)
+        return self._loading.finish(fault)
+
+    def _bring_in_to_write(
+        self, fault: Fault, requests: list[Request], reserve: Callable[[list[Request]], None]
+    ) -> list[Indices]:
+        """Fault in what is missing and give it slots of the open transaction. I/O lock held."""
         reserve(requests)
-        frames_of = self._pager.fault(requests)
+        while not self._loading.begin(fault, requests):
+            self._loading.wait_for_others(requests)
+        frames_of = self._loading.finish(fault)
         try:
             self._pager.make_pages_private(requests, frames_of)
         except BaseException as failure:
             self._condition.broken = f"reserving slots was cut short by {failure!r}"
-            with self._pager.mutex:
-                self._pager.unpin(frames_of)
             raise
         return frames_of
 
-    def _read_ahead(self) -> None:
-        """Bring in neighbours of what the last fault missed, where that is of use. I/O lock held.
+    def _begin_read_ahead(self, fault: Fault) -> None:
+        """Plan to bring in neighbours of what a fault missed, where that is of use. I/O lock held.
 
-        A page that cannot be read does no harm here: its own claim will say so.
+        A map that cannot be read does no harm here.
         """
         pager = self._pager
         with pager.mutex:
-            wanted = pager.read_ahead.wanted(pager.missed, pager.frames.n_dram)
+            wanted = self.read_ahead.wanted(fault.missed, pager.frames.n_dram)
             if not wanted:
                 return
             n_used = pager.counts["prefetch_used"]
             n_unused = pager.counts["prefetched"] - n_used
             n_wasted = n_unused - int(pager.frames.prefetched.sum())
-            if not pager.read_ahead.may(n_used, n_wasted):
+            if not self.read_ahead.may(n_used, n_wasted):
                 return
         for space, pages in wanted:
             try:
-                entries = pager.map.lookup(FIRST_SPACE + space.number, pages)
-                pager.fetch_wave(space, pages[entries[:, 0] != ABSENT_WORD])
+                self._loading.begin_ahead(fault, space, pages, stored=True)
             except TierError:
                 return
 

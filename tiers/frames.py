@@ -127,9 +127,9 @@ class Frames:
         return self._memory.n_frames_max
 
     @property
-    def places(self) -> tuple[Flags, Flags, Indices]:
-        """What says where pages lie: `cold`, `private`, `block`."""
-        return self.cold, self.private, self.block
+    def places(self) -> tuple[Flags, Flags, Flags, Indices]:
+        """What says where pages lie: `dirty`, `cold`, `private`, `block`."""
+        return self.dirty, self.cold, self.private, self.block
 
     @property
     def n_free(self) -> int:

@@ -124,7 +124,7 @@ class Migrator:
         """Act with the I/O lock, once no claim waits for it; spend what is moved."""
         pager, condition = self._pager, self._condition
         self._claims.wait_for_demands(PATIENCE_S)
-        with self._claims.io:
+        with self._claims.io.beside_reads():
             if condition.forked or condition.closed or condition.poison:
                 return
             before = self._pages_moved()

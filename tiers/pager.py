@@ -8,7 +8,6 @@ store's locks their caller holds: the *I/O lock* for whatever touches map, alloc
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,7 +17,7 @@ from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.budget import Budget
 from tiers.checksum import bound_crc32c, bound_crcs32c, identity_words
 from tiers.disk import Bytes, aligned_buffer
-from tiers.errors import ClaimTooLargeError, CorruptionError
+from tiers.errors import CorruptionError
 from tiers.frames import Frames, Tier
 from tiers.latency import Latencies
 from tiers.memory import Memory
@@ -37,14 +36,12 @@ from tiers.page_map import (
 )
 from tiers.placement import Placement
 from tiers.policies import policy_class
-from tiers.readahead import ReadAhead
 from tiers.requests import Request as Request
 from tiers.requests import checked
 from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
 from tiers.tags import Tags
-from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD
 
 Indices = npt.NDArray[np.int64]
 
@@ -82,8 +79,6 @@ class Pager:
     spaces : dict of int to Space
     latencies : Latencies
         Of the reads of each demand.
-    missed : list of (Space, int64 array)
-        What the last fault had to bring in.
     """
 
     frames: Frames
@@ -106,8 +101,6 @@ class Pager:
         self.on_evict: Callable[[Indices], None] = lambda frames: None
         self.counts = dict.fromkeys(COUNTS, 0)
         self.latencies = Latencies()
-        self.read_ahead = ReadAhead()
-        self.missed: list[Request] = []
         self._link = budget.link
         self._policy_class = policy_class(policy)
         self.memory = Memory(budget.dram_bytes, root.page_bytes, has_tags=root.has_tags)
@@ -210,30 +203,6 @@ class Pager:
             self.released.wait(0.1)
             self.require_usable()
 
-    def fetch_wave(self, space: Space, pages: Indices) -> int:
-        """Bring in pages that nobody asked for yet, as far as frames can be had at once.
-
-        I/O lock held. Returns how many were brought in.
-        """
-        with self.mutex:
-            pages = pages[space.table.lookup(pages) < 0]
-        if len(pages) == 0:
-            return 0
-        frames = self.obtain(len(pages), wait=False)
-        pages = pages[: len(frames)]
-        try:
-            self.load(space, pages, frames, IN_FLIGHT_AHEAD)
-        except BaseException:
-            with self.mutex:
-                self.frames.return_free(frames)
-            raise
-        with self.mutex:
-            self.frames.map(space, pages, frames)
-            self.placement.insert(frames)
-            self.frames.prefetched[frames] = True
-            self.counts["prefetched"] += len(pages)
-        return len(pages)
-
     def resident_frames(self, requests: list[Request], write: bool) -> list[Indices] | None:
         """Return the frames if the claim can be granted without I/O. Mutex held."""
         found = []
@@ -259,65 +228,6 @@ class Pager:
         self.counts["hits"] += len(frames)
         self.counts["prefetch_used"] += self.frames.use_prefetched(frames)
         self.placement.access(frames)
-
-    def fault(self, requests: list[Request]) -> list[Indices]:
-        """Bring in what is absent and pin all of it; return the frames. I/O lock held.
-
-        Raises
-        ------
-        ClaimTooLargeError
-            If the frames became too few since the claim was asked for.
-        """
-        n_wanted = sum(len(pages) for _, pages in requests)
-        if n_wanted > self.frames.n_dram:
-            raise ClaimTooLargeError(n_wanted, self.frames.n_dram)
-        pinned: list[Indices] = []
-        missing: list[Request] = []
-        frames_of: list[Indices] = []
-        taken = _NOTHING
-        self.missed = missing
-        try:
-            with self.mutex:
-                n_missing = 0
-                for space, pages in requests:
-                    frames = space.table.lookup(pages)
-                    present, absent = _NOTHING, pages
-                    if self._books.n_absent(frames) < len(frames):
-                        present, absent = frames[frames >= 0], pages[frames < 0]
-                        self.frames.pin(present)
-                    pinned.append(present)
-                    missing.append((space, absent))
-                    frames_of.append(frames)
-                    self.count_hits(present)
-                    n_missing += len(absent)
-                taken = self.frames.take_free(n_missing)
-            if len(taken) < n_missing:
-                more = self.obtain(n_missing - len(taken), wait=True)
-                taken = np.concatenate([taken, more])
-            began_ns, bytes_before = time.perf_counter_ns(), self.slots.bytes_read
-            start = 0
-            for space, pages in missing:
-                self.load(space, pages, taken[start : start + len(pages)])
-                start += len(pages)
-            if self.slots.bytes_read > bytes_before:
-                self.latencies.add(time.perf_counter_ns() - began_ns)
-        except BaseException:
-            with self.mutex:
-                self.frames.cold[taken] = self.frames.private[taken] = False
-                self.frames.return_free(taken)
-                self.unpin(pinned)
-            raise
-        with self.mutex:
-            start = 0
-            for (space, absent), found in zip(missing, frames_of, strict=True):
-                frames = taken[start : start + len(absent)]
-                start += len(absent)
-                self.frames.map(space, absent, frames)
-                self.frames.pin(frames)
-                self.placement.insert(frames)
-                self.counts["misses"] += len(absent)
-                found[found < 0] = frames
-            return frames_of
 
     def obtain(self, count: int, *, wait: bool, tier: Tier = Tier.DRAM) -> Indices:
         """Return frames of a tier for `count` pages; fewer if not `wait`. I/O lock held.
@@ -434,35 +344,6 @@ class Pager:
         if count:
             self.counts["evictions"] += len(frames)
             self.counts["cxl_evictions"] += int((frames >= self.frames.n_dram).sum())
-
-    def load(
-        self, space: Space, pages: Indices, frames: Indices, in_flight: int = IN_FLIGHT
-    ) -> None:
-        """Fill frames with pages, read and verified, or with their initial value. I/O lock held."""
-        tree = FIRST_SPACE + space.number
-        blocks, crcs = np.empty((2, len(pages)), np.int64)
-        names = np.empty((len(pages), 6), np.uint64)
-        n_absent = self._books.unpack(
-            *(self.map.lookup(tree, pages), pages, identity_words(self.store_id, tree)),
-            *(blocks, crcs, names),
-        )
-        with self.mutex:
-            self.frames.dirty[frames] = False
-            self.frames.private[frames] = False
-        if n_absent:
-            absent = blocks < 0
-            for page, frame in zip(pages[absent], frames[absent], strict=True):
-                space.fill_initial(int(page), self.frames.arena[frame])
-            pages, frames, blocks = pages[~absent], frames[~absent], blocks[~absent]
-            crcs, names = crcs[~absent], names[~absent]
-        for start in range(0, len(pages), WAVE_PAGES):
-            wave = slice(start, start + WAVE_PAGES)
-            found = self.slots.read_pages(
-                blocks[wave], self.frames.arena, frames[wave], names[wave], in_flight=in_flight
-            )
-            self.verify_sums(space, found, crcs[wave], blocks[wave], names[wave])
-        with self.mutex:
-            self._books.note_places(*self.frames.places, frames, blocks, names, self.map.version)
 
     def verify_sums(
         self, space: Space, found: Indices, crcs: Indices, blocks: Indices, names: Words

@@ -5,7 +5,8 @@ Locks, in the order in which they are taken:
 ``writer``
     One write section at a time; a commit or abort takes it too, so both wait until updates ended.
 ``io``
-    Whoever faults, writes back, reserves or commits: map, allocator and files belong to its holder.
+    Whoever faults, writes back, reserves or commits: map, allocator and files belong to its holder;
+    reads that it planned go on without it (`tiers.io_lock`).
 ``Pager.mutex``
     Frames, page tables, policy and counters; never held across I/O.
 
@@ -21,6 +22,7 @@ from contextlib import contextmanager
 
 from tiers.claims import Claim, Claims
 from tiers.condition import Condition
+from tiers.io_lock import IoLock
 from tiers.page_map import PageMap
 from tiers.pager import Request
 
@@ -35,13 +37,11 @@ class Sections:
     condition : Condition
     claims : Claims
     page_map : PageMap
-    io : RLock
+    io : IoLock
         The I/O lock, which `claims` uses too.
     """
 
-    def __init__(
-        self, condition: Condition, claims: Claims, page_map: PageMap, io: threading.RLock
-    ) -> None:
+    def __init__(self, condition: Condition, claims: Claims, page_map: PageMap, io: IoLock) -> None:
         self.writer = threading.RLock()
         self._io = io
         self._condition = condition

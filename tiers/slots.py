@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class SlotFile:
         self.file = file
         self.page_bytes = page_bytes
         self.size_bytes_max = size_bytes_max
+        # Several threads read at once.
+        self._counting = threading.Lock()
         self.bytes_read = 0
         self.bytes_written = 0
         self.n_syncs = 0
@@ -168,7 +171,7 @@ class SlotFile:
             buffers = [memory[row] for row in rows.tolist()]
             self.read_blocks(blocks.tolist(), buffers, in_flight=in_flight)
             return bound_crcs32c(buffers, identities)
-        self.bytes_read += len(rows) * self.page_bytes
+        self._count_read(len(rows) * self.page_bytes)
         found: Words = sums
         return found
 
@@ -195,7 +198,11 @@ class SlotFile:
             )
         except (EOFError, OSError) as refused:
             raise self._unread(refused) from refused
-        self.bytes_read += sum(len(buffer) for buffer in buffers)
+        self._count_read(sum(len(buffer) for buffer in buffers))
+
+    def _count_read(self, n_bytes: int) -> None:
+        with self._counting:
+            self.bytes_read += n_bytes
 
     def _unread(self, refused: EOFError | OSError) -> CorruptionError | StoreIOError:
         if isinstance(refused, EOFError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -23,6 +22,7 @@ from tiers.errors import (
     SpaceError,
 )
 from tiers.files import StoreFiles
+from tiers.io_lock import IoLock
 from tiers.memory import require_room
 from tiers.pager import Indices, Pager, Request
 from tiers.residence import Residence
@@ -68,7 +68,7 @@ class Store(Residence, Upkeep):
         self.budget = budget
         self._files = files
         self._condition = Condition(path, read_only=read_only, is_expired=files.is_expired)
-        io = threading.RLock()
+        io = IoLock()
         self._pager = Pager(files.root, files.slots, budget, policy)
         self._pager.require_usable = self._condition.require_usable
         self._claims = Claims(self._pager, self._condition, io)
