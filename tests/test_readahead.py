@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.patterns import batches
-from tiers import Store
+from tiers import Migration, Store, books
 from tiers.errors import CorruptionError
 from tiers.page_table import DensePageTable, HashedPageTable
 from tiers.readahead import CLUSTER_PAGES, SCORE_MAX, SCORE_MIN, ReadAhead
@@ -116,28 +117,70 @@ def test_a_damaged_page_is_told_by_its_own_claim(path: Path, tmp_path: Path) -> 
     st.sets(st.integers(0, 99)),
     st.lists(st.integers(0, 99), unique=True, min_size=1).map(sorted),
     st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 3),
 )
-def test_both_page_tables_find_the_same_whole_clusters(
-    resident: set[int], pages: list[int], resident_min: int
-) -> None:
-    dense, hashed = DensePageTable(100), HashedPageTable(100).of(3)
+def test_stretches_are_continued_on_both_page_tables(resident, pages, resident_min, reach, ahead):
     held = np.array(sorted(resident), np.int64)
-    for table in (dense, hashed):
-        table.set(held, np.arange(len(held)))
+    n_clusters = 24
 
     def is_whole(cluster: int) -> bool:
         members = set(range(4 * cluster, 4 * cluster + 4))
-        return 0 <= cluster < 24 and len(members & resident) >= resident_min
+        return 0 <= cluster < n_clusters and len(members & resident) >= resident_min
 
-    expected = sorted(
-        {
-            page // 4
-            for page in pages
-            if page // 4 < 24 and (is_whole(page // 4 - 1) or is_whole(page // 4 + 1))
-        }
-    )
-    for table in (dense, hashed):
-        assert table.beside_whole(np.array(pages), 4, 24, resident_min).tolist() == expected
+    expected: dict[int, None] = {}
+    for cluster in dict.fromkeys(page // 4 for page in pages if page // 4 < n_clusters):
+        below = next((g for g in range(1, reach + 1) if is_whole(cluster - g)), None)
+        above = next((g for g in range(1, reach + 1) if is_whole(cluster + g)), None)
+        if is_whole(cluster):
+            up, down = below == 1 and above != 1, above == 1 and below != 1
+            first, last = (cluster + 1, cluster + ahead) if up else (cluster - ahead, cluster - 1)
+            if not (up or down):
+                continue
+        elif below or above:
+            first = cluster - below + 1 if below else cluster - ahead
+            last = cluster + above - 1 if above else cluster + ahead
+        else:
+            continue
+        expected.update(dict.fromkeys(c for c in range(first, last + 1) if 0 <= c < n_clusters))
+    for table in (DensePageTable(100), HashedPageTable(100).of(3)):
+        table.set(held, np.arange(len(held)))
+        clusters = np.empty(len(pages), np.int64)
+        near = np.empty(len(pages) * (2 * reach + 1) * 4, np.int64)
+        n_near = books.neighbourhoods(np.array(pages), 4, n_clusters, reach, clusters, near)
+        near = near[: n_near * (2 * reach + 1) * 4]
+        found = np.empty(100, np.int64)
+        count = books.stretches(
+            *(table.lookup(near), clusters[:n_near], 4, n_clusters),
+            *(reach, resident_min, ahead, found),
+        )
+        assert found[:count].tolist() == list(expected)
+
+
+def test_a_thread_reads_a_window_that_slides_ahead_of_its_claims(path: Path) -> None:
+    """Nothing is asserted of its pace, only that it works and brings in what is used."""
+    with Store.open(path, BUDGET, read_only=True, migration=Migration()) as store:
+        for n_batches, pages in enumerate(batches("sliding", N_PAGES, 64, 256, 1)):
+            read(store, pages)
+            _, n_fetched, n_used = counts(store)
+            if (n_used > 500 and n_batches > 200) or n_batches == 4000:
+                break
+        assert n_used > 500
+        assert n_used > 0.7 * n_fetched
+        assert store.stats()["prefetch"]["failure"] is None
+        assert store._claims.fetcher._thread.is_alive()
+    assert not store._claims.fetcher._thread.is_alive()
+
+
+def test_a_store_that_is_dropped_ends_its_fetcher(path: Path) -> None:
+    store = Store.open(path, BUDGET, read_only=True, migration=Migration())
+    fetcher = store._claims.fetcher
+    fetcher.hand([(store.space("numbers"), np.arange(64))])
+    thread = fetcher._thread
+    del store, fetcher
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_waste_stops_it_and_time_starts_it_again() -> None:

@@ -65,12 +65,14 @@ def unpin(pins: npt.NDArray[np.int32], frames: Indices) -> bool:
 
 
 @compiled
-def n_cleared(flags: Flags, frames: Indices) -> int:
-    """Clear the flags of frames; return how many were set."""
+def cleared(flags: Flags, frames: Indices, out: Indices) -> int:
+    """Clear the flags of frames, list those in `out` that were set, return how many they were."""
     count = 0
     for frame in frames:
-        count += flags[frame]
-        flags[frame] = False
+        if flags[frame]:
+            flags[frame] = False
+            out[count] = frame
+            count += 1
     return count
 
 
@@ -169,33 +171,107 @@ def note_places(
 
 
 @compiled
-def beside_whole(
-    table: npt.NDArray[np.int32],
-    pages: Indices,
-    cluster_pages: int,
-    n_clusters: int,
-    resident_min: int,
-    out: Indices,
+def neighbourhoods(
+    pages: Indices, cluster_pages: int, n_clusters: int, reach: int, clusters: Indices, out: Indices
 ) -> int:
-    """Fill `out` for a dense page table as `PageTable.beside_whole` says; return how many."""
+    """List the pages of the clusters around each page; return how many neighbourhoods there are.
+
+    Parameters
+    ----------
+    pages : int64 array (n,)
+        Ascending.
+    cluster_pages, n_clusters : int
+        Neighbouring pages in a cluster, and how many clusters there are; pages behind the last one
+        are in none.
+    reach : int
+        So many clusters on either side.
+    clusters : int64 array (m,)
+        Receives the cluster in the middle of each; no more than m are listed.
+    out : int64 array (m * (2 * reach + 1) * cluster_pages,)
+        Receives their pages; page 0 stands for those of clusters that are none.
+    """
     count = 0
     before = -1
+    place = 0
     for page in pages:
         cluster = page // cluster_pages
         if cluster == before or cluster >= n_clusters:
             continue
+        if count == len(clusters):
+            break
         before = cluster
-        is_beside = False
-        for beside in (cluster - 1, cluster + 1):
-            if beside < 0 or beside >= n_clusters:
-                continue
+        clusters[count] = cluster
+        count += 1
+        for beside in range(cluster - reach, cluster + reach + 1):
+            is_one = 0 <= beside < n_clusters
+            for neighbour in range(cluster_pages):
+                out[place] = beside * cluster_pages + neighbour if is_one else 0
+                place += 1
+    return count
+
+
+@compiled
+def stretches(
+    frames: Indices,
+    clusters: Indices,
+    cluster_pages: int,
+    n_clusters: int,
+    reach: int,
+    resident_min: int,
+    ahead: int,
+    out: Indices,
+) -> int:
+    """List the clusters that continue a stretch of whole ones; return how many.
+
+    A cluster is whole with `resident_min` of its pages in memory. From the whole one that is
+    nearest to a cluster up to that one, and `ahead` more behind it, in the direction that leads
+    away from what is whole; between two whole ones what lies between.
+
+    Parameters
+    ----------
+    frames : int64 array (n * (2 * reach + 1) * cluster_pages,)
+        Of the pages that `neighbourhoods` listed, -1 where absent.
+    clusters : int64 array (n,)
+    out : int64 array (m,)
+        Receives at most m distinct ones.
+    """
+    count = 0
+    whole = np.zeros(2 * reach + 1, np.bool_)
+    place = 0
+    for cluster in clusters:
+        for step in range(2 * reach + 1):
+            beside = cluster - reach + step
             n_resident = 0
-            for neighbour in range(beside * cluster_pages, (beside + 1) * cluster_pages):
-                n_resident += table[neighbour] >= 0
-            is_beside |= n_resident >= resident_min
-        if is_beside:
-            out[count] = cluster
-            count += 1
+            for _ in range(cluster_pages):
+                n_resident += frames[place] >= 0
+                place += 1
+            whole[step] = n_resident >= resident_min and 0 <= beside < n_clusters
+        below, above = 1, 1
+        while below <= reach and not whole[reach - below]:
+            below += 1
+        while above <= reach and not whole[reach + above]:
+            above += 1
+        if whole[reach]:
+            if (below == 1) == (above == 1):
+                continue
+            first, stop = cluster + 1, cluster + 1 + ahead
+            if above == 1:
+                first, stop = cluster - ahead, cluster
+        elif below <= reach and above <= reach:
+            first, stop = cluster - below + 1, cluster + above
+        elif below <= reach:
+            first, stop = cluster - below + 1, cluster + 1 + ahead
+        elif above <= reach:
+            first, stop = cluster - ahead, cluster + above
+        else:
+            continue
+        for wanted in range(max(first, 0), min(stop, n_clusters)):
+            is_known = False
+            for known in out[:count]:
+                is_known |= known == wanted
+            if not is_known and count < len(out):
+                out[count] = wanted
+                count += 1
     return count
 
 
@@ -208,10 +284,11 @@ def load() -> Any:
     n_absent(nothing)
     pin(numbers, nothing)
     unpin(numbers, nothing)
-    n_cleared(flags, nothing)
+    cleared(flags, nothing, nothing)
     enter(numbers, nothing, np.zeros(1, np.uint8), numbers, nothing, nothing, 0, 0)
     keys(numbers, nothing, nothing)
     first_other(nothing, nothing)
-    beside_whole(numbers, nothing, 1, 0, 1, nothing)
+    neighbourhoods(nothing, 1, 0, 1, nothing, nothing)
+    stretches(nothing, nothing, 1, 0, 1, 1, 0, nothing)
     note_places(flags, flags, flags, nothing, nothing, nothing, words, 0)
     unpack(words[:, :2].copy(), nothing, np.zeros(4, np.uint64), nothing, nothing, words)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from tiers.condition import Condition
 from tiers.errors import NestedClaimError, TierError
+from tiers.fetcher import Fetcher
 from tiers.io_lock import IoLock
 from tiers.loading import Fault, Loading
 from tiers.pager import Indices, Pager
@@ -17,6 +18,7 @@ from tiers.requests import Request, require_spaces
 from tiers.space import Space
 
 PREFETCH_WAVE_PAGES = 16
+AHEAD_WAVE_PAGES = 32
 PATIENCE_S = 0.05
 """How long a wave, or a slice of other work, lets demand go first, which may never end."""
 
@@ -69,6 +71,8 @@ class Claims:
     Attributes
     ----------
     read_ahead : ReadAhead
+    fetcher : Fetcher or None
+        Brings in what is read ahead; None while claims wait for it themselves.
     n_writes : int
         Write claims granted so far.
     stall_ns : int
@@ -82,6 +86,7 @@ class Claims:
         self._condition = condition
         self.io = io
         self.read_ahead = ReadAhead()
+        self.fetcher: Fetcher | None = None
         self._loading = Loading(pager, io)
         self._held = _Held()
         self.n_waiting = 0
@@ -121,9 +126,14 @@ class Claims:
             with pager.mutex:
                 found = pager.resident_frames(requests, write=reserve is not None)
                 if found is not None:
+                    n_used = 0
+                    used = []
                     for frames in found:
-                        pager.count_hits(frames)
+                        used.append(pager.count_hits(frames))
+                        n_used += len(used[-1])
                         pager.frames.pin(frames)
+                    if n_used and self.fetcher is not None:
+                        self._hand_over(self._pages_in(requests, used))
                     return self._grant(found, reserve is not None, on_release)
         except BaseException as failure:
             self._condition.poison_by("a claim", failure)
@@ -141,6 +151,8 @@ class Claims:
             with self._condition.guarding("a claim"):
                 frames_of = self._bring_in(fault, requests, reserve)
                 with pager.mutex:
+                    if fault.missed and self.fetcher is not None and reserve is None:
+                        self._hand_over(fault.missed)
                     fault.pinned.clear()
                     return self._grant(frames_of, reserve is not None, on_release)
         finally:
@@ -219,7 +231,8 @@ class Claims:
                 if reserve is not None:
                     return self._bring_in_to_write(fault, requests, reserve)
                 if self._loading.begin(fault, requests):
-                    self._begin_read_ahead(fault)
+                    if self.fetcher is None:
+                        self._begin_read_ahead(fault)
                     if not fault.is_cold:
                         break
                     return self._loading.finish(fault)
@@ -246,21 +259,49 @@ class Claims:
 
         A map that cannot be read does no harm here.
         """
-        pager = self._pager
-        with pager.mutex:
-            wanted = self.read_ahead.wanted(fault.missed, pager.frames.n_dram)
-            if not wanted:
-                return
-            n_used = pager.counts["prefetch_used"]
-            n_unused = pager.counts["prefetched"] - n_used
-            n_wasted = n_unused - int(pager.frames.prefetched.sum())
-            if not self.read_ahead.may(n_used, n_wasted):
-                return
+        with self._pager.mutex:
+            wanted = self._wanted(fault.missed, background=False)
         for space, pages in wanted:
             try:
                 self._loading.begin_ahead(fault, space, pages, stored=True)
             except TierError:
                 return
+
+    def _hand_over(self, touched: list[Request]) -> None:
+        """Let the fetcher bring in neighbours of these pages, where that is of use. Mutex held."""
+        assert self.fetcher is not None
+        wanted = self._wanted(touched, background=True)
+        if wanted:
+            self.fetcher.hand(wanted)
+
+    def fetch_ahead(self, space: Space, pages: Indices) -> None:
+        """Bring in pages that are read ahead, as far as they are stored; for the fetcher.
+
+        A page that cannot be read does no harm here: its own claim will say so.
+        """
+        for start in range(0, len(pages), AHEAD_WAVE_PAGES):
+            with suppress(TierError):
+                self._fetch(space, pages[start : start + AHEAD_WAVE_PAGES], stored=True)
+
+    def _wanted(self, touched: list[Request], *, background: bool) -> list[Request]:
+        """Return what to read ahead after these pages were missed or first used. Mutex held."""
+        pager = self._pager
+        wanted = self.read_ahead.wanted(touched, pager.frames.n_dram, background=background)
+        if not wanted:
+            return []
+        n_used = pager.counts["prefetch_used"]
+        n_unused = pager.counts["prefetched"] - n_used
+        n_wasted = n_unused - int(pager.frames.prefetched.sum())
+        return wanted if self.read_ahead.may(n_used, n_wasted) else []
+
+    def _pages_in(self, requests: list[Request], frames_of: list[Indices]) -> list[Request]:
+        """Return the pages in some frames of each request."""
+        of_frame = self._pager.frames.page
+        return [
+            (space, of_frame[frames])
+            for (space, _), frames in zip(requests, frames_of, strict=True)
+            if len(frames)
+        ]
 
     def _grant(
         self, frames_of: list[Indices], write: bool, on_release: Callable[[], None]

@@ -228,9 +228,10 @@ class Frames:
         had_pins = self._books.unpin(self.pins, frames)
         assert had_pins
 
-    def use_prefetched(self, frames: Indices) -> int:
-        """Note that pages in these frames are demanded; return how many were fetched ahead."""
-        return int(self._books.n_cleared(self.prefetched, frames))
+    def use_prefetched(self, frames: Indices) -> Indices:
+        """Note that pages in these frames are demanded; return those that were fetched ahead."""
+        found = np.empty(len(frames), np.int64)
+        return found[: self._books.cleared(self.prefetched, frames, found)]
 
     def move(self, spaces: dict[int, Space], sources: Indices, targets: Indices) -> None:
         """Let targets, which hold copies of their bytes, take the place of mapped frames.

@@ -76,24 +76,6 @@ class PageTable(ABC):
     def pages(self) -> Indices:
         """Return the resident pages, int64, ascending."""
 
-    @abstractmethod
-    def beside_whole(
-        self, pages: Indices, cluster_pages: int, n_clusters: int, resident_min: int
-    ) -> Indices:
-        """Return the clusters of these pages next to one that is resident, nearly all of it.
-
-        Parameters
-        ----------
-        pages : int64 (n,)
-            Ascending.
-        cluster_pages : int
-            Neighbouring pages in a cluster.
-        n_clusters : int
-            How many clusters there are; pages behind the last one are in none.
-        resident_min : int
-            Resident pages from which on a cluster counts.
-        """
-
     @property
     @abstractmethod
     def size_bytes(self) -> int:
@@ -138,18 +120,6 @@ class DensePageTable(PageTable):
 
     def clear(self, pages: Indices) -> None:
         self.frames[pages] = EMPTY
-
-    def beside_whole(
-        self, pages: Indices, cluster_pages: int, n_clusters: int, resident_min: int
-    ) -> Indices:
-        # Here, because it imports numba.
-        from tiers import books
-
-        found = np.empty(len(pages), np.int64)
-        count = books.beside_whole(
-            self.frames, pages, cluster_pages, n_clusters, resident_min, found
-        )
-        return found[:count]
 
     def pages(self) -> Indices:
         return np.flatnonzero(self.frames != EMPTY)
@@ -313,21 +283,6 @@ class _SharedPageTable(PageTable):
 
     def clear(self, pages: Indices) -> None:
         self._shared.clear(self._space, pages)
-
-    def beside_whole(
-        self, pages: Indices, cluster_pages: int, n_clusters: int, resident_min: int
-    ) -> Indices:
-        clusters = np.unique(pages // cluster_pages)
-        clusters = clusters[clusters < n_clusters]
-        is_beside = np.zeros(len(clusters), np.bool_)
-        for step in (-1, 1):
-            beside = clusters + step
-            inside = (beside >= 0) & (beside < n_clusters)
-            first = beside[inside, np.newaxis] * cluster_pages
-            frames = self.lookup((first + np.arange(cluster_pages)).ravel())
-            n_resident = (frames != EMPTY).reshape(-1, cluster_pages).sum(axis=1)
-            is_beside[inside] |= n_resident >= resident_min
-        return np.asarray(clusters[is_beside])
 
     def pages(self) -> Indices:
         return np.sort(self._shared.keys[self._shared.spaces == self._space])

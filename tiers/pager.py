@@ -222,12 +222,18 @@ class Pager:
             self.frames.unpin(frames)
         self.released.notify_all()
 
-    def count_hits(self, frames: Indices) -> None:
+    def count_hits(self, frames: Indices) -> Indices:
+        """Tell policy and counters that these are demanded; return those that were fetched ahead.
+
+        Mutex held.
+        """
         if len(frames) == 0:
-            return
+            return frames
         self.counts["hits"] += len(frames)
-        self.counts["prefetch_used"] += self.frames.use_prefetched(frames)
+        used = self.frames.use_prefetched(frames)
+        self.counts["prefetch_used"] += len(used)
         self.placement.access(frames)
+        return used
 
     def obtain(self, count: int, *, wait: bool, tier: Tier = Tier.DRAM) -> Indices:
         """Return frames of a tier for `count` pages; fewer if not `wait`. I/O lock held.

@@ -15,6 +15,7 @@ from tiers.condition import Condition
 from tiers.cooling import Cooling
 from tiers.daemon import Daemon
 from tiers.disk import Bytes
+from tiers.fetcher import Fetcher
 from tiers.migration import Migrator
 from tiers.pager import Indices, Pager, Request
 from tiers.resizing import resize
@@ -183,7 +184,10 @@ class Residence:
         """Let the migrator be ticked, unless somebody else does that."""
         if self.migrator and self.migrator.parameters.interval_s is not None:
             self._daemon = Daemon(self.migrator, self.migrator.parameters.interval_s)
+            self._claims.fetcher = Fetcher(self._claims.fetch_ahead)
 
     def _stop_migration(self) -> None:
         if self._daemon is not None:
             self._daemon.stop()
+        if self._claims.fetcher is not None:
+            self._claims.fetcher.stop()

@@ -35,7 +35,11 @@ def collect(pager: Pager, claims: Claims, migrator: Migrator | None, cold: Cold)
             "queue_depth": claims.n_waiting,
             "queue_depth_max": claims.n_waiting_max,
         },
-        "prefetch": {"fetched": counts["prefetched"], "used": counts["prefetch_used"]},
+        "prefetch": {
+            "fetched": counts["prefetched"],
+            "used": counts["prefetch_used"],
+            "failure": claims.fetcher.failure if claims.fetcher else None,
+        },
         "tiers": {
             "dram": _dram(pager),
             "cxl": _cxl(pager),
