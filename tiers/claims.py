@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+import numpy as np
+
 from tiers.condition import Condition
+from tiers.disk import Bytes
 from tiers.errors import NestedClaimError, TierError
 from tiers.fetcher import Fetcher
 from tiers.io_lock import IoLock
@@ -16,6 +19,7 @@ from tiers.pager import Indices, Pager
 from tiers.readahead import ReadAhead
 from tiers.requests import Request, require_spaces
 from tiers.space import Space
+from tiers.transfer import copy_rows
 
 PREFETCH_WAVE_PAGES = 16
 AHEAD_WAVE_PAGES = 32
@@ -89,6 +93,7 @@ class Claims:
         self.fetcher: Fetcher | None = None
         self._loading = Loading(pager, io)
         self._held = _Held()
+        self._numbers: Indices = np.arange(64)
         self.n_waiting = 0
         self.n_waiting_max = 0
         self.stall_ns = 0
@@ -121,40 +126,72 @@ class Claims:
             Sees to it that the pages can be written; None makes a read claim.
         on_release : callable
         """
-        pager = self._pager
+        write = reserve is not None
         try:
-            with pager.mutex:
-                found = pager.resident_frames(requests, write=reserve is not None)
-                if found is not None:
-                    n_used = 0
-                    used = []
-                    for frames in found:
-                        used.append(pager.count_hits(frames))
-                        n_used += len(used[-1])
-                        pager.frames.pin(frames)
-                    if n_used and self.fetcher is not None:
-                        self._hand_over(self._pages_in(requests, used))
-                    return self._grant(found, reserve is not None, on_release)
+            with self._pager.mutex:
+                frames_of = self._pin_resident(requests, write=write)
+                if frames_of is not None:
+                    return self._grant(frames_of, write, on_release)
         except BaseException as failure:
             self._condition.poison_by("a claim", failure)
             raise
+        with self._waiting() as fault:
+            frames_of = self._bring_in(fault, requests, reserve)
+            with self._pager.mutex:
+                fault.pinned.clear()
+                return self._grant(frames_of, write, on_release)
+
+    def read(self, request: Request, target: Bytes) -> None:
+        """Copy pages of a checked request to the rows of `target`; see `Store.read`."""
+        pager = self._pager
+        try:
+            with pager.mutex:
+                frames_of = self._pin_resident([request], write=False)
+                arena = pager.frames.arena
+            if frames_of is not None:
+                frames = frames_of[0]
+                copy_rows(arena, frames, target, self._places(len(frames)))
+                with pager.mutex:
+                    pager.unpin(frames_of)
+                return
+        except BaseException as failure:
+            self._condition.poison_by("a read", failure)
+            raise
+        with self._waiting(target) as fault:
+            self._bring_in(fault, [request], None)
+
+    def _pin_resident(self, requests: list[Request], *, write: bool) -> list[Indices] | None:
+        """Pin pages that are all in memory, and count them as hits. Mutex held."""
+        pager = self._pager
+        frames_of = pager.resident_frames(requests, write)
+        if frames_of is None:
+            return None
+        n_used = 0
+        used = []
+        for frames in frames_of:
+            used.append(pager.count_hits(frames))
+            n_used += len(used[-1])
+            pager.frames.pin(frames)
+        if n_used and self.fetcher is not None:
+            self._hand_over(self._pages_in(requests, used))
+        return frames_of
+
+    @contextmanager
+    def _waiting(self, target: Bytes | None = None) -> Iterator[Fault]:
+        """Wait for pages that are not there; the fault is over at the end of the block."""
         if self._held.claims_and_epochs:
             raise NestedClaimError(
                 "a thread that holds a claim or an epoch cannot bring in another one's pages"
             )
+        pager = self._pager
         began_ns = time.perf_counter_ns()
+        fault = Fault(target)
         with pager.mutex:
             self.n_waiting += 1
             self.n_waiting_max = max(self.n_waiting_max, self.n_waiting)
-        fault = Fault()
         try:
             with self._condition.guarding("a claim"):
-                frames_of = self._bring_in(fault, requests, reserve)
-                with pager.mutex:
-                    if fault.missed and self.fetcher is not None and reserve is None:
-                        self._hand_over(fault.missed)
-                    fault.pinned.clear()
-                    return self._grant(frames_of, reserve is not None, on_release)
+                yield fault
         finally:
             self._loading.end(fault)
             with pager.mutex:
@@ -223,6 +260,18 @@ class Claims:
         reserve: Callable[[list[Request]], None] | None,
     ) -> list[Indices]:
         """Fault in what is missing; return the frames, pinned once."""
+        frames_of = self._fault_in(fault, requests, reserve)
+        if fault.missed and self.fetcher is not None and reserve is None:
+            with self._pager.mutex:
+                self._hand_over(fault.missed)
+        return frames_of
+
+    def _fault_in(
+        self,
+        fault: Fault,
+        requests: list[Request],
+        reserve: Callable[[list[Request]], None] | None,
+    ) -> list[Indices]:
         while True:
             with self.io.beside_reads():
                 self._condition.require_usable()
@@ -293,6 +342,12 @@ class Claims:
         n_unused = pager.counts["prefetched"] - n_used
         n_wasted = n_unused - int(pager.frames.prefetched.sum())
         return wanted if self.read_ahead.may(n_used, n_wasted) else []
+
+    def _places(self, count: int) -> Indices:
+        """Return the numbers 0 .. count - 1; not to be changed."""
+        if count > len(self._numbers):
+            self._numbers = np.arange(count)
+        return self._numbers[:count]
 
     def _pages_in(self, requests: list[Request], frames_of: list[Indices]) -> list[Request]:
         """Return the pages in some frames of each request."""

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import StoreLockedError
-from tiers.transfer import IN_FLIGHT, Transfers, Words
+from tiers.transfer import IN_FLIGHT, Copies, Transfers, Words
 
 Bytes = npt.NDArray[np.uint8]
 Mode = Literal["read", "write", "create"]
@@ -190,10 +190,13 @@ class OsDisk:
         tails: npt.NDArray[np.uint64],
         *,
         in_flight: int = IN_FLIGHT,
+        copies: Copies | None = None,
     ) -> Words | None:
         """Read rows of an array, return crc32c of each with its tail; see `Transfers.read_rows`."""
         assert isinstance(file, OsFile)
-        return self._transfers.read_rows(file, offsets, memory, rows, tails, in_flight=in_flight)
+        return self._transfers.read_rows(
+            file, offsets, memory, rows, tails, in_flight=in_flight, copies=copies
+        )
 
     def write_batch(
         self,

@@ -16,13 +16,14 @@ import numpy as np
 
 from tiers.allocator import COLD_BLOCK
 from tiers.checksum import identity_words
+from tiers.disk import Bytes
 from tiers.errors import ClaimTooLargeError, TierError
 from tiers.io_lock import IoLock
 from tiers.page_map import ABSENT_WORD, FIRST_SPACE, Words
 from tiers.pager import WAVE_PAGES, Indices, Pager
 from tiers.requests import Request
 from tiers.space import Space
-from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD
+from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD, Copies, copy_rows
 
 _NOTHING: Indices = np.empty(0, np.int64)
 
@@ -73,12 +74,15 @@ class Fault:
     is_cold : bool
         Packs are read, which only one thread at a time may do: finish it under the lock.
     missed : list of (Space, int64 array)
-        Pages that are demanded and were absent, or were brought in ahead and are used now.
+        Pages that are demanded and were absent.
+    target : uint8 array (n, page_bytes) or None
+        Receives a copy of the pages, in the order of the only request.
     """
 
-    __slots__ = ("ahead", "frames_of", "is_cold", "loads", "missed", "pinned")
+    __slots__ = ("ahead", "frames_of", "is_cold", "loads", "missed", "pinned", "target")
 
-    def __init__(self) -> None:
+    def __init__(self, target: Bytes | None = None) -> None:
+        self.target = target
         self.frames_of: list[Indices] = []
         self.pinned: list[Indices] = []
         self.loads: list[Load] = []
@@ -208,6 +212,9 @@ class Loading:
         """
         if fault.loads:
             self._read_demanded(fault)
+        elif fault.target is not None:
+            frames = fault.frames_of[0]
+            copy_rows(self._pager.frames.arena, frames, fault.target, np.arange(len(frames)))
         with suppress(TierError):
             self.finish_ahead(fault)
         return fault.frames_of
@@ -286,7 +293,7 @@ class Loading:
         began_ns = time.perf_counter_ns()
         n_read = 0
         for load in fault.loads:
-            n_read += self._read(load, IN_FLIGHT)
+            n_read += self._read(load, IN_FLIGHT, fault)
         with pager.mutex:
             if n_read:
                 pager.latencies.add(time.perf_counter_ns() - began_ns)
@@ -300,25 +307,49 @@ class Loading:
             fault.loads.clear()
             pager.released.notify_all()
 
-    def _read(self, load: Load, in_flight: int) -> int:
+    def _read(self, load: Load, in_flight: int, fault: Fault | None = None) -> int:
         """Fill frames with pages, verified, or with their initial value.
 
-        Returns how many pages were read.
+        What the fault wants copied is copied meanwhile. Returns how many pages were read.
         """
         pager = self._pager
+        arena = pager.frames.arena
         pages, frames, blocks, crcs, names = load[1:6]
+        target = None if fault is None else fault.target
+        held = places = read_places = _NOTHING
+        if fault is not None and target is not None:
+            frames_of = fault.frames_of[0]
+            places = np.flatnonzero(frames_of >= 0)
+            held = frames_of[places]
+            read_places = np.flatnonzero(frames_of < 0)
         if load.n_absent:
             absent = blocks < 0
             for page, frame in zip(pages[absent].tolist(), frames[absent].tolist(), strict=True):
-                load.space.fill_initial(page, pager.frames.arena[frame])
+                load.space.fill_initial(page, arena[frame])
+            if target is not None:
+                held = np.concatenate([held, frames[absent]])
+                places = np.concatenate([places, read_places[absent]])
+                read_places = read_places[~absent]
             frames, blocks = frames[~absent], blocks[~absent]
             crcs, names = crcs[~absent], names[~absent]
+        have_copied = False
         for start in range(0, len(frames), WAVE_PAGES):
             wave = slice(start, start + WAVE_PAGES)
-            found = pager.slots.read_pages(
-                blocks[wave], pager.frames.arena, frames[wave], names[wave], in_flight=in_flight
+            copies = None
+            if target is not None:
+                copies = Copies(target, held, places, read_places[wave], crcs[wave])
+            found, have_copied = pager.slots.read_pages(
+                *(blocks[wave], arena, frames[wave], names[wave]),
+                in_flight=in_flight,
+                copies=copies,
             )
             pager.verify_sums(load.space, found, crcs[wave], blocks[wave], names[wave])
+            if target is not None and not have_copied:
+                copy_rows(arena, frames[wave], target, read_places[wave])
+            elif target is not None:
+                held = places = _NOTHING
+        if target is not None and len(held):
+            copy_rows(arena, held, target, places)
         return len(frames)
 
     def _publish(self, load: Load) -> None:

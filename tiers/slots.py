@@ -31,7 +31,7 @@ from tiers.disk import Bytes, Disk, File, aligned_buffer
 from tiers.errors import CorruptionError, StoreFullError, StoreIOError
 from tiers.packs import COLD_NAME, Packs
 from tiers.root import FORMAT_VERSION, FORMATS_READ
-from tiers.transfer import IN_FLIGHT, Words
+from tiers.transfer import IN_FLIGHT, Copies, Words
 
 _HEADER = struct.Struct(
     "<8sII16sI"
@@ -151,8 +151,16 @@ class SlotFile:
         identities: npt.NDArray[np.uint64],
         *,
         in_flight: int = IN_FLIGHT,
-    ) -> Words:
-        """Read pages from these blocks on into rows of `memory`; return crc32c bound to identities.
+        copies: Copies | None = None,
+    ) -> tuple[Words, bool]:
+        """Read pages from these blocks on into rows of `memory`.
+
+        Returns
+        -------
+        crcs : int64 array (n,)
+            crc32c bound to the identities.
+        have_copied : bool
+            Whether `copies` were made, if there are any, of the pages whose checksum is right.
 
         Raises
         ------
@@ -164,16 +172,17 @@ class SlotFile:
         if read_rows is not None and not (blocks >= COLD_BLOCK).any():
             offsets = blocks * BLOCK_BYTES
             try:
-                sums = read_rows(self.file, offsets, memory, rows, identities, in_flight=in_flight)
+                asked = self.file, offsets, memory, rows, identities
+                sums = read_rows(*asked, in_flight=in_flight, copies=copies)
             except (EOFError, OSError) as refused:
                 raise self._unread(refused) from refused
         if sums is None:
             buffers = [memory[row] for row in rows.tolist()]
             self.read_blocks(blocks.tolist(), buffers, in_flight=in_flight)
-            return bound_crcs32c(buffers, identities)
+            return bound_crcs32c(buffers, identities), False
         self._count_read(len(rows) * self.page_bytes)
         found: Words = sums
-        return found
+        return found, copies is not None
 
     def read_blocks(
         self, blocks: Sequence[int], buffers: Sequence[Bytes], *, in_flight: int = IN_FLIGHT

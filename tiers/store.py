@@ -14,6 +14,7 @@ from tiers.budget import Budget
 from tiers.claims import Claim, Claims
 from tiers.cold import Cold
 from tiers.condition import Condition
+from tiers.contents import Contents
 from tiers.disk import Disk, OsDisk
 from tiers.errors import (
     ClaimTooLargeError,
@@ -37,7 +38,7 @@ PAGE_BYTES_DEFAULT = 65536
 POLICY_DEFAULT = "s3fifo_adaptive"
 
 
-class Store(Residence, Upkeep):
+class Store(Contents, Residence, Upkeep):
     """A page store; made with `Store.create` or `Store.open`, ended with `close` or ``with``.
 
     After `commit` returns, everything written before it survives a process kill and, where the

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,28 @@ IN_FLIGHT_MAX = 64
 
 RUN_BUFFERS_MAX = 16
 """Most neighbouring buffers moved by one vectored call."""
+
+
+class Copies(NamedTuple):
+    """What is copied into an array of a reader while other rows are read for it.
+
+    Attributes
+    ----------
+    target : uint8 array (m, row_bytes)
+        Contiguous and writeable.
+    rows, places : int64 arrays (k,)
+        Rows that are in memory already, and where in `target` they go.
+    read_places : int64 array (n,)
+        Where each row goes that is read, if its checksum is right.
+    crcs : int64 array (n,)
+        Their checksums.
+    """
+
+    target: Bytes
+    rows: Words
+    places: Words
+    read_places: Words
+    crcs: Words
 
 
 class OpenFile(Protocol):
@@ -205,6 +227,7 @@ class Transfers:
         tails: npt.NDArray[np.uint64],
         *,
         in_flight: int = IN_FLIGHT,
+        copies: Copies | None = None,
     ) -> Words | None:
         """Read rows of one array and sum each, in the threads that read them.
 
@@ -220,11 +243,14 @@ class Transfers:
         tails : uint64 array (n, n_words)
             What follows each row in its checksum.
         in_flight : int
+        copies : Copies, optional
+            Copy these meanwhile.
 
         Returns
         -------
         int64 array (n,) or None
-            crc32c of each row and its tail; None, with nothing read, where only `move` can read.
+            crc32c of each row and its tail; None, with nothing read or copied, where only `move`
+            can read.
 
         Raises
         ------
@@ -239,8 +265,23 @@ class Transfers:
         _require_flight(in_flight)
         if not (memory.flags.c_contiguous and memory.flags.writeable and tails.flags.c_contiguous):
             raise ValueError("memory must be contiguous and writeable, tails contiguous")
-        order, runs, places, sums = wave.plan_rows(offsets, memory, rows, tails, RUN_BUFFERS_MAX)
-        _move_in_wave(calls, file, runs, places, write=False, in_flight=in_flight, sums=sums)
+        planned = offsets, memory, rows, tails, RUN_BUFFERS_MAX
+        meanwhile = None
+        if copies is None:
+            order, runs, places, sums = wave.plan_rows(*planned)
+        else:
+            order, runs, places, sums = wave.plan_rows(
+                *planned, copies.crcs, copies.target, copies.read_places
+            )
+            if len(copies.rows):
+                meanwhile = wave.plan_copies(memory, copies.rows, copies.target, copies.places)
+        _move_in_wave(
+            *(calls, file, runs, places),
+            write=False,
+            in_flight=in_flight,
+            sums=sums,
+            copies=meanwhile,
+        )
         crcs = np.empty(len(order), np.int64)
         crcs[order] = sums[:, wave.CRC]
         return crcs
@@ -251,6 +292,17 @@ class Transfers:
                 self._pool = ThreadPoolExecutor(IN_FLIGHT_MAX, thread_name_prefix="dpnc-disk")
                 self._pool_process = os.getpid()
             return self._pool
+
+
+def copy_rows(memory: Bytes, rows: Words, target: Bytes, places: Words) -> None:
+    """Copy rows of one contiguous array to places of another, without the GIL where possible."""
+    if "numba" in sys.modules:
+        from tiers import wave
+
+        wave.copy_rows(memory, rows, target, places)
+        return
+    for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+        target[place] = memory[row]
 
 
 def _wave_calls() -> Calls | None:
@@ -290,15 +342,21 @@ def _move_in_wave(
     write: bool,
     in_flight: int,
     sums: Words | None = None,
+    copies: Words | None = None,
 ) -> None:
     from tiers import wave
 
     while True:
         was_direct = file.direct
         if wave.move(
-            calls, file.descriptor, runs, places, write=write, in_flight=in_flight, sums=sums
+            *(calls, file.descriptor, runs, places),
+            write=write,
+            in_flight=in_flight,
+            sums=sums,
+            copies=copies,
         ):
             return
+        copies = None
         failed = np.flatnonzero(runs[:, wave.ERROR])
         numbers = runs[failed, wave.ERROR]
         others = failed[numbers != errno.EINVAL]

@@ -13,10 +13,13 @@ The system's functions are addresses in a table (`Calls`): a test puts its own t
     board   int64 (BOARD_WORDS,)   what the threads share: addresses, counts, which run is next
     runs    int64 (n_runs, 4)      offset in the file, first buffer, buffers left, error
     places  int64 (n_buffers, 2)   address and size of what is left of a buffer: struct iovec
-    sums    int64 (n_buffers, 5)   address and size of a buffer and of its tail, crc32c of both
+    sums    int64 (n_buffers, 7)   address and size of a buffer and of its tail, crc32c of both,
+                                   crc32c expected, address that a right one is copied to or 0
+    copies  int64 (n_copies, 3)    address of rows to be copied meanwhile, and where to, and size
 
 A thread that has filled a buffer sums it at once, while it is still in the processor's cache and
-the others read on: checksums of a batch cost next to nothing beside its reads.
+the others read on: checksums of a batch, and copies for its reader, cost next to nothing beside its
+reads.
 """
 
 from __future__ import annotations
@@ -63,10 +66,14 @@ RUN_WORDS = 4
 ) = range(13)
 BOARD_WORDS = 13
 
-ADDRESS, SIZE, TAIL, TAIL_SIZE, CRC = range(5)
-SUM_WORDS = 5
+ADDRESS, SIZE, TAIL, TAIL_SIZE, CRC, EXPECTED, TARGET = range(7)
+SUM_WORDS = 7
+COPY_WORDS = 3
 
 _PLACE_BYTES = 16
+_COPY_BYTES = 2048
+"""Copied in one step. Longer steps may be one string instruction, which some processors run five
+times slower to 16 bytes beyond the place within a page that is copied from (glibc bug 30994)."""
 _EINTR = errno.EINTR
 _CHECK = 0xE3069283
 """crc32c of the digits 1 to 9, as RFC 3720 and every list of checksums have it."""
@@ -134,6 +141,7 @@ def move(
     write: bool,
     in_flight: int,
     sums: Words | None = None,
+    copies: Words | None = None,
 ) -> bool:
     """Move runs of buffers, `in_flight` at a time, in the order in which they are listed.
 
@@ -154,16 +162,19 @@ def move(
         From the buffers to the file.
     in_flight : int
         At least 1; so many threads work, the calling one among them.
-    sums : int64 array (n_buffers, 5), optional
-        Address and size of each buffer and of what follows it in its checksum; the checksum is
-        written to the last column. `calls` has a function for it then.
+    sums : int64 array (n_buffers, 7), optional
+        Address and size of each buffer and of what follows it in its checksum; a column that
+        receives the checksum; the one that is expected, and where a buffer with that one is copied
+        to, 0 for nowhere. `calls` has a function for it then.
+    copies : int64 array (n_copies, 3), optional
+        Addresses from and to which bytes are copied while the others read, and how many.
 
     Returns
     -------
     bool
         Whether all was moved.
     """
-    n_helpers = min(in_flight, len(runs)) - 1
+    n_helpers = min(in_flight, len(runs)) - (copies is None)
     extend = 0
     if sums is None:
         sums = _NO_SUMS
@@ -180,12 +191,43 @@ def move(
         runs,
         places,
         sums,
+        _NO_COPIES if copies is None else copies,
         n_helpers,
     )
     return all_moved
 
 
 _NO_SUMS: Words = np.zeros((1, SUM_WORDS), np.int64)
+_NO_COPIES: Words = np.zeros((0, COPY_WORDS), np.int64)
+
+
+def copy_rows(
+    source: npt.NDArray[np.uint8], rows: Words, target: npt.NDArray[np.uint8], places: Words
+) -> None:
+    """Copy rows of one array to places of another; both are contiguous, of the same width.
+
+    Raises
+    ------
+    ValueError
+        If a row or a place is none.
+    """
+    _copy_all(plan_copies(source, rows, target, places))
+
+
+def plan_copies(
+    source: npt.NDArray[np.uint8], rows: Words, target: npt.NDArray[np.uint8], places: Words
+) -> Words:
+    """Return the copies of rows of one array to places of another, for `move`.
+
+    Raises
+    ------
+    ValueError
+        If a row or a place is none.
+    """
+    copies = np.empty((len(rows), COPY_WORDS), np.int64)
+    if not _plan_copies(source, rows, target, places, copies):
+        raise ValueError(f"rows {rows} of {len(source)} to {places} of {len(target)}")
+    return copies
 
 
 def plan_rows(
@@ -194,6 +236,9 @@ def plan_rows(
     rows: Words,
     tails: npt.NDArray[np.uint64],
     run_buffers_max: int,
+    crcs: Words | None = None,
+    target: npt.NDArray[np.uint8] | None = None,
+    target_rows: Words | None = None,
 ) -> tuple[Words, Words, Words, Words]:
     """Return order, runs, places and sums of rows of one array that are read from a file.
 
@@ -209,6 +254,11 @@ def plan_rows(
         Contiguous; the caller keeps it alive.
     run_buffers_max : int
         Most neighbours in one run.
+    crcs : int64 array (n,), optional
+    target : uint8 array (m, row_bytes), optional
+    target_rows : int64 array (n,), optional
+        A row whose checksum is that of `crcs` is copied to this row of `target`, which is
+        contiguous and writeable.
 
     Raises
     ------
@@ -221,6 +271,12 @@ def plan_rows(
     n_runs = _plan(offsets, memory, rows, tails, order, runs, places, sums, run_buffers_max)
     if n_runs < 0:
         raise ValueError(f"rows {rows} of {len(memory)}, offsets {offsets}")
+    if (
+        target is not None
+        and (crcs is not None and target_rows is not None)
+        and not _plan_targets(target, target_rows, crcs, order, sums)
+    ):
+        raise ValueError(f"rows {target_rows} of {len(target)}")
     return order, runs[:n_runs], places, sums
 
 
@@ -321,12 +377,75 @@ def _join_thread(typing_context: Any, join: Any, thread: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def _copy_step(typing_context: Any, source: Any, target: Any, size: Any) -> Any:
+    """Copy bytes from one address to another that does not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.IntType(8).as_pointer()
+        from_, to = (builder.inttoptr(arg, kind) for arg in args[:2])
+        copy = builder.module.declare_intrinsic("llvm.memcpy", [kind, kind, _WORD])
+        builder.call(copy, [to, from_, args[2], ir.IntType(1)(0)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@compiled
+def _copy(source: int, target: int, size: int) -> None:
+    """Copy bytes, in steps of a few kilobytes."""
+    for start in range(0, size, _COPY_BYTES):
+        _copy_step(source + start, target + start, min(_COPY_BYTES, size - start))
+
+
+@compiled
+def _copy_all(copies: Words) -> None:
+    for copy in copies:
+        _copy(copy[0], copy[1], copy[2])
+
+
+@compiled
+def _plan_copies(
+    source: npt.NDArray[np.uint8],
+    rows: Words,
+    target: npt.NDArray[np.uint8],
+    places: Words,
+    copies: Words,
+) -> bool:
+    """Fill `copies`; return whether every row and place is one."""
+    row_bytes = source.shape[1]
+    for i in range(len(rows)):
+        if not (0 <= rows[i] < len(source) and 0 <= places[i] < len(target)):
+            return False
+        copies[i, 0] = source.ctypes.data + row_bytes * rows[i]
+        copies[i, 1] = target.ctypes.data + row_bytes * places[i]
+        copies[i, 2] = row_bytes
+    return bool(target.shape[1] == row_bytes)
+
+
+@compiled
+def _plan_targets(
+    target: npt.NDArray[np.uint8], target_rows: Words, crcs: Words, order: Words, sums: Words
+) -> bool:
+    """Let rows with these checksums be copied to rows of `target`; return whether each is one."""
+    row_bytes = target.shape[1]
+    for place in range(len(order)):
+        row = target_rows[order[place]]
+        if not 0 <= row < len(target) or sums[place, SIZE] != row_bytes:
+            return False
+        sums[place, EXPECTED] = crcs[order[place]]
+        sums[place, TARGET] = target.ctypes.data + row_bytes * row
+    return True
+
+
 @compiled
 def _sum(board: Words, buffer: int) -> None:
-    """Write the checksum of a buffer and its tail."""
+    """Write the checksum of a buffer and its tail; copy it if it is right."""
     sums = carray(_pointer(board[_SUMS] + 8 * SUM_WORDS * buffer), (SUM_WORDS,), np.int64)
     crc = _extend(board[_EXTEND], 0, sums[ADDRESS], sums[SIZE])
     sums[CRC] = _extend(board[_EXTEND], crc, sums[TAIL], sums[TAIL_SIZE])
+    if sums[TARGET] != 0 and sums[CRC] == sums[EXPECTED]:
+        _copy(sums[ADDRESS], sums[TARGET], sums[SIZE])
 
 
 @compiled
@@ -394,6 +513,7 @@ def _move(
     runs: Words,
     places: Words,
     sums: Words,
+    copies: Words,
     n_helpers: int,
 ) -> bool:
     board = np.zeros(BOARD_WORDS, np.int64)
@@ -413,6 +533,7 @@ def _move(
         == 0
     ):
         n_started += 1
+    _copy_all(copies)
     _work(board.ctypes.data)
     for helper in range(n_started):
         _join_thread(board[_JOIN], threads[helper])
@@ -452,7 +573,7 @@ def _plan(
         sums[place, ADDRESS], sums[place, SIZE] = address, row_bytes
         sums[place, TAIL] = tails_address + tail_bytes * number
         sums[place, TAIL_SIZE] = tail_bytes
-        sums[place, CRC] = 0
+        sums[place, CRC] = sums[place, EXPECTED] = sums[place, TARGET] = 0
         if (
             place == 0
             or offsets[number] != offsets[order[place - 1]] + row_bytes
