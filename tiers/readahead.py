@@ -110,6 +110,8 @@ class ReadAhead:
             ahead,
             found,
         )
+        if count == 0:
+            return found[:0]
         first = np.sort(found[:count])[:, np.newaxis] * CLUSTER_PAGES
         pages: Indices = (first + np.arange(CLUSTER_PAGES)).ravel()
         return pages
