@@ -218,6 +218,14 @@ class StoreMachine(RuleBasedStateMachine):
                     assert self.store.arena[frame].tobytes() == self.model.read(space.name, page)
 
     @precondition(lambda self: self.store.spaces)
+    @rule(which=_seeds, pages=_pages)
+    def copy(self, which: int, pages: set[int]) -> None:
+        space, indices = self._choose(which, pages, most=self.store.n_frames)
+        contents = self.store.read(space, indices)
+        for page, content in zip(indices.tolist(), contents, strict=True):
+            assert content.tobytes() == self.model.read(space.name, page)
+
+    @precondition(lambda self: self.store.spaces)
     @rule(fetches=st.lists(st.tuples(_seeds, _pages), min_size=1, max_size=4))
     def read_in_epoch(self, fetches: list[tuple[int, set[int]]]) -> None:
         """Frames seen mapped keep their bytes to the end of the epoch, whatever is evicted."""

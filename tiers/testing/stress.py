@@ -139,7 +139,7 @@ class Stress:
         tasks: list[Callable[[Store, Space, np.random.Generator], None]] = [
             *[self._write] * self.n_writers,
             *[self._read] * self.n_readers,
-            *(self._read_in_epochs, self._prefetch),
+            *(self._read_in_epochs, self._copy, self._prefetch),
         ]
         threads = [
             threading.Thread(target=self._guarded, args=(task, store, space, number), daemon=True)
@@ -251,6 +251,15 @@ class Stress:
                 content = store.arena[frame].view(np.uint64)
                 _require_stamp(content, page, self.model.current[page])
         self._count("readers: claims compared")
+
+    def _copy(self, store: Store, space: Space, rng: np.random.Generator) -> None:
+        """Copy pages, maybe while they change: of each word only the page is known."""
+        pages = np.unique(rng.integers(0, N_PAGES, int(rng.integers(1, 12))))
+        owners = store.read(space, pages).view(np.uint64) >> np.uint64(32)
+        assert ((owners == pages[:, None].astype(np.uint64)) | (owners == 0)).all(), (
+            "a copy holds another page"
+        )
+        self._count("readers: copies")
 
     def _read_in_epochs(self, store: Store, space: Space, rng: np.random.Generator) -> None:
         pages = rng.integers(0, N_PAGES, 8)
