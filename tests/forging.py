@@ -38,7 +38,7 @@ class Forgery:
         self.root = decode_root_file(made.files[ROOT_PATH], str(PATH))
         self.root_block = self.root.found_as
         self.nodes = {}
-        for placed in reached(made.disk, self.root):
+        for _, placed in reached(made.disk, self.root):
             key = (placed.tree, placed.level, placed.index)
             # States that share a block name it once; of a key the newest state comes first.
             self.nodes.setdefault(key, placed)

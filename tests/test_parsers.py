@@ -54,8 +54,8 @@ slow = settings(suppress_health_check=list(HealthCheck))
 
 @lru_cache(maxsize=1)
 def made():
-    """Return a closed store of 4 KiB pages."""
-    return specimen(4)
+    """Return a store of 4 KiB pages that has snapshots and packs."""
+    return specimen(6)
 
 
 def forgery():

@@ -6,10 +6,14 @@
     python -m tiers.testing corruptions --replay SEED NUMBER      # one again
 
 Each takes a copy of a small store (`tiers.testing.specimen`) that has several spaces, one of them
-hashed, snapshots, and spaces that were dropped, changes one to four places of it, and then
+hashed, snapshots, spaces that were dropped, and packs, changes one to four places of it, and then
 
 1. opens it to read, and reads every page of the newest state and of every snapshot;
 2. opens it to write, reads every page again, and calls `check`, which must find what is damaged;
+
+A page on the way to which nothing is damaged must read right, whatever else is; any other one is
+claimed together with others and alone, and reads right or is refused.
+
 3. one time in eight: writes pages, commits, opens it again and reads everything;
 4. one time in twenty: scrubs it, which must find what is damaged, too;
 5. one time in fifty: salvages it, and reads what was saved.
@@ -21,7 +25,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +35,7 @@ from rich.console import Console
 
 from tiers.allocator import BLOCK_BYTES
 from tiers.errors import TierError
+from tiers.requests import Request
 from tiers.root import ROOT_FILE_BYTES
 from tiers.salvage import salvage
 from tiers.space import Space
@@ -58,11 +64,13 @@ from tiers.testing.specimen import (
 )
 from tiers.testing.workload import PATH
 
-A_SPECIMEN = 500
+A_SPECIMEN = 300
 """Corruptions of one store; then the next one is made."""
 PLACES_MAX = 4
-CHANCES = (0.10, 0.03, 0.31, 0.05, 0.11, 0.32, 0.08)
+CHANCES = (0.09, 0.03, 0.25, 0.05, 0.10, 0.23, 0.06, 0.10, 0.05, 0.04)
 """Of each region of `REGIONS` to be struck."""
+UNREAD: tuple[Region, ...] = ("root", "header", "tags", "pack ids")
+"""What no check of a store that is open reads."""
 SORTS = ("bit", "byte", "zeros", "noise", "duplicate", "swap", "stale", "torn")
 SECTOR_BYTES = 512
 SECONDS_MAX = 60.0
@@ -144,7 +152,8 @@ class _Corruption:
         self.made = made
         self.rng = rng
         self.counts = counts
-        self.struck: set[Region] = set()
+        self.struck: set[Part] = set()
+        self.is_together = bool(rng.random() < 0.5)
         self.blocks: dict[tuple[Path, int], bytearray] = {}
 
     def run(self) -> None:
@@ -181,7 +190,7 @@ class _Corruption:
         after = {place: bytes(content) for place, content in self.blocks.items()}
         if all(before.get(place, self._original(*place)) == after[place] for place in after):
             return False
-        self.struck = self._regions_changed()
+        self.struck = self._parts_changed()
         self.counts[f"struck: {region}"] += 1
         self.counts[f"by: {sort}"] += 1
         return True
@@ -190,13 +199,12 @@ class _Corruption:
         parts = self.made.parts[region]
         return parts[self.rng.integers(len(parts))]
 
-    def _regions_changed(self) -> set[Region]:
-        return {
-            part.region
-            for path, offset in self.blocks
-            for part in self.made.parts_at[path, offset]
-            if self._bytes(part) != self.made.files[path][part.offset :][: part.size_bytes]
-        }
+    def _parts_changed(self) -> set[Part]:
+        struck = {part for path, offset in self.blocks for part in self.made.parts_at[path, offset]}
+        return {part for part in struck if self._bytes(part) != self._as_made(part)}
+
+    def _as_made(self, part: Part) -> bytes:
+        return self.made.files[part.path][part.offset : part.offset + part.size_bytes]
 
     def _original(self, path: Path, offset: int) -> bytes:
         return self.made.files[path][offset : offset + BLOCK_BYTES]
@@ -295,7 +303,7 @@ class _Corruption:
     @property
     def _is_damaged(self) -> bool:
         """Whether anything is damaged that a check of the newest state reads."""
-        return bool(self.struck - {"root", "header", "tags"})
+        return any(part.region not in UNREAD for part in self.struck)
 
     def _open(self, disk: FaultDisk, **options: object) -> Store:
         return Store.open(PATH, self.made.budget_bytes, disk=disk, **options)  # type: ignore[arg-type]
@@ -339,40 +347,63 @@ class _Corruption:
 
     def _read(self, store: Store, state: State) -> bool:
         """Read every page, right or refused; return whether all were right."""
-        is_right = True
+        results = [self._read_batch(store, state, batch) for batch in self._batches(store, state)]
+        return all(results)
+
+    def _batches(self, store: Store, state: State) -> Iterator[list[Request]]:
+        """Yield all pages, as many at once as there are frames for; or space by space."""
+        batch: list[Request] = []
+        n_left = store.n_frames
         for space in store.spaces:
             pages = _pages_to_read(space, state)
-            for first in range(0, len(pages), store.n_frames):
-                is_right &= self._read_some(
-                    store, space, pages[first : first + store.n_frames], state
-                )
-        return is_right
+            while len(pages):
+                if batch and (n_left == 0 or not self.is_together):
+                    yield batch
+                    batch, n_left = [], store.n_frames
+                batch.append((space, pages[:n_left]))
+                pages = pages[n_left:]
+                n_left -= len(batch[-1][1])
+        if batch:
+            yield batch
 
-    def _read_some(
-        self, store: Store, space: Space, pages: npt.NDArray[np.int64], state: State
-    ) -> bool:
+    def _read_batch(self, store: Store, state: State, batch: list[Request]) -> bool:
+        right = partial(_one_of, state, store)
         try:
-            self._compare(store, space, pages, lambda name, page: _one_of(state, store, name, page))
+            self._compare(store, batch, right)
         except TierError:
-            if len(pages) > 1:
-                half = len(pages) // 2
-                self._read_some(store, space, pages[:half], state)
-                self._read_some(store, space, pages[half:], state)
-            return False
-        return True
+            pass
+        else:
+            return True
+        # What is whole, of a commit whose every block is known, must not suffer from the rest.
+        is_known = store.commit_number in self.made.placed
+        whole, others = [], []
+        for space, pages in batch:
+            is_whole = np.array([is_known and self._is_whole(store, space, page) for page in pages])
+            if is_whole.any():
+                whole.append((space, pages[is_whole]))
+            others += [(space, pages[i : i + 1]) for i in np.flatnonzero(~is_whole).tolist()]
+        assert others, "nothing is damaged, and yet it is refused"
+        if whole:
+            self._compare(store, whole, right)
+        for request in others:
+            with suppress(TierError):
+                self._compare(store, [request], right)
+        return False
+
+    def _is_whole(self, store: Store, space: Space, page: int) -> bool:
+        """Return whether nothing on the way to a page is damaged."""
+        way = self.made.way_to(store.commit_number, space.number, int(page))
+        return self.struck.isdisjoint(way)
 
     def _compare(
-        self,
-        store: Store,
-        space: Space,
-        pages: npt.NDArray[np.int64],
-        right: Callable[[str, int], set[bytes]],
+        self, store: Store, batch: list[Request], right: Callable[[str, int], set[bytes]]
     ) -> None:
-        with store.claim([(space, pages)]) as claim:
-            for page, frame in zip(pages.tolist(), claim.frames[0].tolist(), strict=True):
-                assert store.arena[frame].tobytes() in right(space.name, page), (
-                    f"page {page} of {space.name!r} has other bytes"
-                )
+        with store.claim(batch) as claim:
+            for (space, pages), frames in zip(batch, claim.frames, strict=True):
+                for page, frame in zip(pages.tolist(), frames.tolist(), strict=True):
+                    assert store.arena[frame].tobytes() in right(space.name, page), (
+                        f"page {page} of {space.name!r} has other bytes"
+                    )
 
     def _check(self, store: Store) -> bool:
         try:
@@ -453,12 +484,8 @@ class _Corruption:
                     continue  # of an earlier root
                 pages = _pages_to_read(space, newest)
                 for first in range(0, len(pages), store.n_frames):
-                    self._compare(
-                        store,
-                        space,
-                        pages[first : first + store.n_frames],
-                        lambda name, page: self._ever(store, name, page),
-                    )
+                    some = pages[first : first + store.n_frames]
+                    self._compare(store, [(space, some)], partial(self._ever, store))
         self.counts["salvaged"] += 1
 
     def _ever(self, store: Store, name: str, page: int) -> set[bytes]:
