@@ -283,10 +283,19 @@ def test_salvage_and_what_is_left_of_a_pack_that_was_half_removed(tmp_path):
     assert report.damaged == {} and report.n_pages == len(ALL)
 
 
-@pytest.mark.xfail(strict=True, reason="ids in packs are not blotted out; docs/durability.md")
-def test_salvage_after_many_aborts_and_a_pack_that_was_rolled_back(tmp_path):
-    path = tmp_path / "store"
-    store, space = make(path)
+def abort_often(store, space):
+    """Make the root forget which versions were abandoned."""
+    for _ in range(ABANDONED_MAX + 2):
+        write(store, space, ALL[500:501], step=3)
+        store._pager.write_pages(np.flatnonzero(store._pager.frames.dirty))
+        store.abort()
+        write(store, space, ALL[600:601])
+        store.commit()
+
+
+def rolled_back(path, disk=None):
+    """Return a store that was closed before it could remove a pack that it rolled back."""
+    store, space = make(path, disk)
     store.snapshots.take("before")
     write(store, space, ALL[:20], step=2)
     store.commit()
@@ -294,20 +303,123 @@ def test_salvage_after_many_aborts_and_a_pack_that_was_rolled_back(tmp_path):
     store.commit()
     packs_of(store).remove_dead = lambda packs: None  # it is killed before
     store.snapshots.roll_back("before")
+    return store, space
+
+
+def test_salvage_after_many_aborts_and_a_pack_that_was_rolled_back(tmp_path):
+    path = tmp_path / "store"
+    store, space = rolled_back(path)
     store.close()
     with Store.open(path, BUDGET) as store:
         space = store.space("pages")
-        for _ in range(ABANDONED_MAX + 2):
-            write(store, space, ALL[500:501], step=3)
-            store._pager.write_pages(np.flatnonzero(store._pager.frames.dirty))
-            store.abort()
-            write(store, space, ALL[600:601])
-            store.commit()
+        abort_often(store, space)
+        assert len(store._transaction.root.abandoned) < 8
         damage_leaves(path, store, space)
     report = salvage(path, tmp_path / "other")
     assert report.damaged == {}
     with Store.open(tmp_path / "other", BUDGET) as store:
         assert differing(store, store.space("pages"), ALL) == []
+
+
+def salvaged_of(disk):
+    """Return which pages a salvage gets wrong once the leaves of the map are gone."""
+    with Store.open(PLACE, BUDGET, disk=disk.twin(), read_only=True) as store:
+        space = store.space("pages")
+        blocks = [
+            unpack_entry(*store._pager.map.entry(FIRST_SPACE + space.number, 1, leaf))[0]
+            for leaf in range(4)
+        ]
+    twin = disk.twin()
+    for block in blocks:
+        twin.put(PLACE / "pages", block * 4096 + 100, b"damaged!")
+    target = PLACE.parent / "other"
+    report = salvage(PLACE, target, disk=twin)
+    with Store.open(target, BUDGET, disk=twin) as store:
+        return report.damaged, differing(store, store.space("pages"), ALL)
+
+
+@pytest.mark.parametrize("is_at_open", [False, True])
+def test_a_cut_anywhere_while_abandoned_versions_are_forgotten(is_at_open):
+    disk = new_disk()
+    store, space = rolled_back(PLACE, disk)
+    if is_at_open:
+        for _ in range(ABANDONED_MAX // 2 + 2):
+            disk.power_off()
+            before = len(disk.log.operations)
+            n_abandoned = len(store._transaction.root.abandoned)
+            store = Store.open(PLACE, BUDGET, disk=disk)
+            space = store.space("pages")
+            if len(store._files.root.abandoned) < n_abandoned:
+                break
+            write(store, space, ALL[600:601])
+            store.commit()
+        assert len(store._files.root.abandoned) < n_abandoned
+    else:
+        forgot = []
+        while not forgot:
+            write(store, space, ALL[500:501], step=3)
+            store._pager.write_pages(np.flatnonzero(store._pager.frames.dirty))
+            store.abort()
+            write(store, space, ALL[600:601])
+            before = len(disk.log.operations)
+            n_abandoned = len(store._transaction.root.abandoned)
+            store.commit()
+            forgot = [1] * (n_abandoned - len(store._transaction.root.abandoned))
+    rng = np.random.default_rng(is_at_open)
+    stop = len(disk.log.operations)
+    for k in np.unique(np.linspace(before, stop, 12).astype(int)).tolist():
+        assert salvaged_of(power_cut(disk.log, k, rng)) == ({}, [])
+
+
+def test_a_reader_of_an_earlier_commit_needs_nothing_that_is_blotted_out():
+    disk = new_disk()
+    store, space = make(PLACE, disk)
+    store.snapshots.take("before")
+    write(store, space, ALL, step=2)
+    store.commit()
+    store.demote(space, ALL[:20])
+    store.commit()
+    with Store.open(PLACE, BUDGET, read_only=True, disk=disk.process()) as reader:
+        store.snapshots.roll_back("before")
+        abort_often(store, space)
+        assert packs_of(store).numbers() and not packs_of(store).ids(0).any()
+        assert differing(reader, reader.space("pages"), ALL, step=2) == []
+    assert differing(store, space, ALL) == []
+    store.compact()
+    store.compact()
+    assert not packs_of(store).numbers()
+
+
+@pytest.mark.parametrize("is_often", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_salvage_and_a_pack_that_was_being_filled_when_its_pages_were_rolled_back(is_often, before):
+    disk = new_disk()
+    store, space = make(PLACE, disk)
+    store.snapshots.take("before")
+    write(store, space, ALL[:20], step=2)
+    store.commit()
+    held = Held(store, space, ALL[:20], before=before)
+    store.snapshots.roll_back("before")
+    if is_often:
+        abort_often(store, space)
+    packs_of(store).remove_dead = lambda packs: None  # it is killed before
+    held.end()
+    image = power_cut(disk.log, len(disk.log.operations), np.random.default_rng(1))
+    assert packs_of(store).numbers() and salvaged_of(image) == ({}, [])
+
+
+def test_a_store_that_is_opened_to_read_blots_out_nothing():
+    disk = new_disk()
+    rolled_back(PLACE, disk)
+    disk.power_off()
+    before = disk.files()
+    n_before = len(disk.log.operations)
+    reader = disk.process()
+    with Store.open(PLACE, BUDGET, read_only=True, disk=reader):
+        pass
+    names = {path for path in disk.files() if "cold" in path.parts}
+    assert names == {path for path in before if "cold" in path.parts}
+    assert len(disk.log.operations) > n_before  # its own registration
 
 
 def full_store(path, interval_s):

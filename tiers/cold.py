@@ -252,6 +252,7 @@ class Cold:
             self._write(filling)
             return self._name(filling, naming)
         finally:
+            self._transaction.end_pack(filling.number)
             with self._pager.mutex:
                 self._filling.pop(filling.number, None)
                 self._pager.released.notify_all()

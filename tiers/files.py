@@ -36,6 +36,7 @@ from tiers.errors import (
     StoreNotFoundError,
     TierError,
 )
+from tiers.leftovers import blot_out, users_of
 from tiers.page_map import ABSENT_WORD, CATALOGUE, NODES_MIN, TREE_NUMBERS, PageMap
 from tiers.readers import READ_ONLY_MEDIA, UNKNOWN_COMMIT, Reader, Readers
 from tiers.root import (
@@ -316,6 +317,7 @@ class StoreFiles:
                     # To the end of the file, which may be longer and grow over these tags again.
                     Tags(self.slots, root.store_id).clear(abandoned, self.slots.size_blocks())
                     self.slots.sync()
+                    blot_out(self.slots.packs, abandoned, users_of(self.root, self.slots))
                     abandoned = ()
                 root = replace(root, abandoned=abandoned)
         self.root = replace(root, is_clean=False)

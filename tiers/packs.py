@@ -190,6 +190,29 @@ class Packs:
                 if self._disk.exists(path):
                     self._disk.unlink(path)
 
+    def remove_ids(self, pack: int) -> None:
+        """Remove what a pack says of its pages, which stay readable; see `tiers.leftovers`.
+
+        Raises
+        ------
+        StoreIOError
+        """
+        with self._typed_errors("removing"):
+            path = self._directory / "ids" / f"c.{pack}.0"
+            if self._disk.exists(path):
+                self._disk.unlink(path)
+
+    def sync_ids(self) -> None:
+        """Make durable which packs say something of their pages.
+
+        Raises
+        ------
+        StoreIOError
+        """
+        with self._typed_errors("removing"):
+            if self._disk.exists(self._directory / "ids"):
+                self._disk.sync_directory(self._directory / "ids")
+
     def remove_dead(self, packs: Sequence[int]) -> None:
         """Remove packs that nothing refers to; those that cannot be now are counted in `n_left`."""
         for pack in packs:

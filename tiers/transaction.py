@@ -18,6 +18,7 @@ from tiers.catalogue import Catalogue, Snapshot
 from tiers.condition import Condition
 from tiers.errors import CorruptionError, PageIndexError, SpaceError, TierError, UncommittedError
 from tiers.files import StoreFiles
+from tiers.leftovers import blot_out
 from tiers.page_map import CATALOGUE, FIRST_SPACE, SPACES, TREE_NUMBERS, blocks_of, depth_of
 from tiers.pager import Pager, Request
 from tiers.root import (
@@ -28,7 +29,7 @@ from tiers.root import (
     encode_outline,
     merge_ranges,
 )
-from tiers.saved_trees import SavedTrees
+from tiers.saved_trees import DAMAGE, SavedTrees
 from tiers.space import Space, SpaceSpec
 
 MANY = 1 << 62
@@ -70,6 +71,7 @@ class Transaction:
         self._dropped: dict[int, Space] = {}
         self._new_packs: list[int] = []
         self._next_pack = 0
+        self._filling: dict[int, int] = {}
         for number, spec in self.catalogue.spaces.items():
             pager.add_space(Space(number, spec, pager.page_bytes))
         self._begin()
@@ -126,7 +128,12 @@ class Transaction:
         if not self._files.is_published:
             raise UncommittedError("a store has no cold tier before it is created")
         self._next_pack = max(self._next_pack, self.catalogue.next_pack) + 1
+        self._filling[self._next_pack - 1] = self._version
         return self._next_pack - 1
+
+    def end_pack(self, number: int) -> None:
+        """Note that nothing more is written of a pack that was reserved. I/O lock not needed."""
+        self._filling.pop(number, None)
 
     def add_pack(self, number: int) -> None:
         """Let a pack that is durable belong to the open transaction."""
@@ -311,10 +318,28 @@ class Transaction:
             # To the end of the file, which an abort or a compaction may have left behind where the
             # store grows again later: what is not blotted out there would be believed then.
             tags.clear(abandoned, self._pager.slots.size_blocks())
-            abandoned = ()
+            blot_out(self._pager.slots.packs, abandoned, self._may_be_used)
+            # A pack that somebody fills may get its ids after this; there are few such threads.
+            n_max = ABANDONED_MAX - len(self._rolled_back)
+            abandoned = self._versions_being_filled(abandoned)[-n_max:]
         # Commits that are rolled back are the newest ones until this one is durable: their tags
         # stay.
         return merge_ranges([*abandoned, *self._rolled_back])
+
+    def _may_be_used(self, pack: int) -> bool:
+        """Return whether the transaction or a snapshot refers to a pack, as far as bitmaps say."""
+        number, first = divmod(self._pager.slots.packs.first_block(pack), BITMAP_BLOCKS)
+        try:
+            return bool(self._pager.allocator.is_used(number)[first : first + PACK_BLOCKS].any())
+        except DAMAGE:
+            return False
+
+    def _versions_being_filled(self, ranges: tuple[Range, ...]) -> tuple[Range, ...]:
+        """Return which of these versions somebody may write a pack of yet."""
+        versions = set(self._filling.values())
+        return merge_ranges(
+            [(v, v) for v in versions if any(first <= v <= last for first, last in ranges)]
+        )
 
     def abort(self) -> None:
         """Return to the last commit; see `Store.abort`."""
@@ -325,7 +350,8 @@ class Transaction:
                 pager.forget_everything()
             else:
                 pager.forget_private()
-            if pager.has_written_tags:
+            # What somebody packs just now says that it is of this version, whoever commits it next.
+            if pager.has_written_tags or self._version in self._filling.values():
                 self._abandoned.append((self._version, self._version))
                 self._version += 1
             self._begin()
