@@ -28,6 +28,7 @@ from tiers.sections import Sections
 from tiers.slots import SlotFile
 from tiers.store import Store
 from tiers.testing import FaultDisk, StoreMachine, check_images
+from tiers.testing.crash import check_recording
 
 SEED = 4000
 
@@ -36,6 +37,14 @@ def run_power_cuts():
     for outcome in check_images(SEED, 2000):
         if outcome.violation is not None:
             raise outcome.violation
+
+
+def run_power_cuts_of_packs():
+    """Cuts of recordings that have a cold tier."""
+    for seed in range(0, 15, 3):
+        for outcome in check_recording(seed, 400):
+            if outcome.violation is not None:
+                raise outcome.violation
 
 
 def run_machine():
@@ -106,6 +115,23 @@ def reuse_blocks_before_the_commit(patch):
 
 def build_on_a_root_that_may_not_be_durable(patch):
     patch.setattr(StoreFiles, "_confirm", lambda self, path: None)
+
+
+def remove_packs_before_the_commit_that_empties_them(patch):
+    settle, write_root = Allocator.settle, StoreFiles.write_root
+    emptied = []
+
+    def settle_and_note(self):
+        settle(self)
+        emptied[:] = self._emptied
+
+    def remove_first(self, root):
+        packs = self.slots.packs
+        packs.remove_dead([packs.pack_of(block) for block in emptied])
+        write_root(self, root)
+
+    patch.setattr(Allocator, "settle", settle_and_note)
+    patch.setattr(StoreFiles, "write_root", remove_first)
 
 
 def forget_dirty_pages_at_eviction(patch):
@@ -233,6 +259,7 @@ SEEN_AS = {reuse_frames_that_an_epoch_may_read: "a frame was reused too early"}
         (reuse_blocks_before_the_commit, run_power_cuts),
         (build_on_a_root_that_may_not_be_durable, run_power_cuts),
         (forget_dirty_pages_at_eviction, run_power_cuts),
+        (remove_packs_before_the_commit_that_empties_them, run_power_cuts_of_packs),
         (forget_slot_sync, run_machine),
         (write_pages_in_place, run_machine),
         (reuse_blocks_before_the_commit, run_machine),

@@ -13,6 +13,7 @@ from tiers.store import Store
 from tiers.testing.fault_disk import FaultDisk
 from tiers.testing.footprint import KnownImages
 from tiers.testing.images import PowerCuts
+from tiers.testing.log import Log, Names, Resize, Sync, SyncDirectory
 from tiers.testing.model import State
 from tiers.testing.processes import in_processes
 from tiers.testing.workload import PATH, Recording, record
@@ -21,6 +22,8 @@ BUDGET_BYTES = 3 << 19
 IMAGES_PER_RECORDING = 400
 PAGE_BYTES = (4096, 8192, 4096, 65536)
 """Of successive recordings. With 4 KiB a slot is one block; larger ones are broken for nodes."""
+TURNS_SHARE = 0.5
+"""Of the images: cut before syncs and after names or lengths have changed; others anywhere."""
 USED_SHARE = 0.05
 """Of the images: opened and read, known or not, and checked, written to, committed and reopened."""
 
@@ -115,14 +118,30 @@ def check_recording(seed: int, n_images: int) -> Iterator[Outcome]:
         yield Outcome(is_distinct=False, is_opened=False, violation=violation)
         return
     length = len(check.recording.log.operations)
+    turns = _turns(check.recording.log)
     rng = np.random.default_rng(seed)
     for _ in range(n_images):
-        k = int(rng.integers(length + 1))
+        is_at_turn = rng.random() < TURNS_SHARE
+        k = int(rng.choice(turns) if is_at_turn else rng.integers(length + 1))
         image = int(rng.integers(1 << 32))
         try:
             yield check(k, image)
         except RecoveryError as violation:
             yield Outcome(is_distinct=True, is_opened=True, violation=violation)
+
+
+def _turns(log: Log) -> list[int]:
+    """Return where most is in doubt, before syncs, and right after names and lengths have changed.
+
+    What must not be done too early is done there, and few of the operations are such.
+    """
+    turns = []
+    for position, operation in enumerate(log.operations):
+        if isinstance(operation, Sync | SyncDirectory):
+            turns.append(position)
+        elif isinstance(operation, Names | Resize):
+            turns += [position + 1, min(position + 2, len(log.operations))]
+    return turns
 
 
 def record_seed(seed: int) -> Recording:

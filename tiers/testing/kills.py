@@ -7,9 +7,12 @@
 A process of its own, on real files, writes batches of pages and commits them as *steps*; after each
 commit has returned it notes the step in a log. It says in one byte of shared memory what it does
 now. The parent waits until it does what is to be struck (updating, committing, migrating,
-compacting: each in turn) and kills it a moment later with SIGKILL. Then the store must open as the
-last step in the log, or the one after it, and every page must be that step's; `check` must find
-nothing. The next process goes on from there, with the same store.
+compacting, demoting, promoting: each in turn) and kills it a moment later with SIGKILL. Then the
+store must open as the last step in the log, or the one after it, and every page must be that
+step's; `check` must find nothing. The next process goes on from there, with the same store.
+
+Pages go to packs and come back all the time: by name, by rounds of migration, which find the page
+file too full and packs half empty, and by compactions.
 
 What a step writes follows from the seed and its number, so a violation can be looked into; when the
 kill strikes is the machine's choice, and does not repeat.
@@ -46,9 +49,19 @@ PAGES_A_STEP = 32
 PAGES_A_CLAIM = 4
 SPEC = SpaceSpec("a", "uint8", PAGE_BYTES, N_PAGES, Constant(7))
 CXL_BYTES = N_CXL * PAGE_BYTES
-BUDGET = Budget(budget_min(PAGE_BYTES, cxl_bytes=CXL_BYTES) + 4 * PAGE_BYTES, cxl=CXL_BYTES)
-MIGRATION = Migration(interval_s=None, low=0.2, high=0.4, rest_rounds=0)
-ACTIVITIES = ("starting", "updating", "committing", "migrating", "compacting")
+BUDGET = Budget(
+    budget_min(PAGE_BYTES, cxl_bytes=CXL_BYTES) + 4 * PAGE_BYTES,
+    cxl=CXL_BYTES,
+    nvme="4MiB",
+    cold="1GiB",
+)
+MIGRATION = Migration(
+    interval_s=None, low=0.2, high=0.4, rest_rounds=0, nvme_low=0.29, nvme_high=0.31
+)
+"""Header and tags take a quarter of the page file; with 40 pages beside them it is too full."""
+ACTIVITIES = (
+    *("starting", "updating", "committing", "migrating", "compacting", "demoting", "promoting"),
+)
 """What a process says that it does; the first one is not waited for."""
 PRELOADED = ("tiers.testing.kills", "tiers.testing.crash", "tiers.testing.warm")
 LATER_MS_MAX = 2.0
@@ -64,6 +77,14 @@ def step_of(seed: int, step: int) -> tuple[npt.NDArray[np.int64], list[bytes], t
     first = int(rng.integers(N_PAGES))
     stop = first + int(rng.choice([0, 0, 3, 20]))
     return pages, [rng.bytes(PAGE_BYTES) for _ in pages], (first, min(stop, N_PAGES))
+
+
+def moves_of(seed: int, step: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return which pages a step demotes, and which it promotes, before it changes any."""
+    rng = np.random.default_rng((seed, step, 1))
+    shares = rng.choice([0.0, 0.3, 1.0], 2, p=[0.2, 0.6, 0.2])
+    demoted, promoted = (np.flatnonzero(rng.random(N_PAGES) < share) for share in shares)
+    return demoted, promoted
 
 
 def apply_steps(state: State, seed: int, last: int) -> None:
@@ -159,12 +180,14 @@ def _compare(path: Path, seed: int, state: State, acknowledged: int, counts: Cou
         if difference is not None:
             raise AssertionError(difference)
         store.check()
+        if store.stats()["tiers"]["cold"]["used_bytes"]:
+            counts["pages were in packs"] += 1
     in_flight = step > acknowledged
     counts["the one in flight came back" if in_flight else "the last acknowledged came back"] += 1
 
 
 def work_for_ever(directory: Path, seed: int) -> None:
-    """Go on from the last step: update, migrate, commit, note it; compact now and then."""
+    """Go on from the last step: move, update, migrate, commit, note it; compact now and then."""
     with (directory / "activity").open("r+b") as file:
         activity = mmap.mmap(file.fileno(), mmap.PAGESIZE)
     log = os.open(directory / "log", os.O_WRONLY | os.O_APPEND)
@@ -174,6 +197,11 @@ def work_for_ever(directory: Path, seed: int) -> None:
         assert store.migrator is not None
         while True:
             step += 1
+            demoted, promoted = moves_of(seed, step)
+            activity[0] = ACTIVITIES.index("demoting")
+            store.demote(space, demoted)
+            activity[0] = ACTIVITIES.index("promoting")
+            store.promote(space, promoted)
             activity[0] = ACTIVITIES.index("updating")
             for _ in _update(store, space, seed, step):
                 activity[0] = ACTIVITIES.index("migrating")

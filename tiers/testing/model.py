@@ -116,8 +116,12 @@ class State:
             return np.arange(space.n_pages)
         written = [page for name, page in self.pages if name == space.name]
         some = range(0, space.n_pages, space.n_pages // OTHERS_READ)
-        # What was discarded and came back is in the store alone.
-        return np.unique(np.concatenate([np.array([*written, *some]), *store.stored_pages(space)]))
+        to_read = np.unique(np.array([*written, *some], np.int64))
+        if store.n_stored_pages(space) == len(written):
+            # So none is in the store alone, if these read right.
+            return to_read
+        # What was discarded and came back.
+        return np.unique(np.concatenate([to_read, *store.stored_pages(space)]))
 
 
 @lru_cache(maxsize=4096)

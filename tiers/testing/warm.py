@@ -22,5 +22,7 @@ with tempfile.TemporaryDirectory() as _made:
             with _store.claim([(_space, np.arange(_first, _first + 20))], write=True):
                 pass
         _store.commit()
+        _store.demote(_space, np.arange(20))
+        _store.commit()
     with Store.open(Path(_made) / "store", "2MiB", read_only=True) as _store:
         _store.fetch(_store.space("a"), np.arange(40))

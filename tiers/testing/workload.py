@@ -198,8 +198,10 @@ class _Run:
         if not stored:
             return
         pages = np.concatenate(stored)
-        pages = pages[self.rng.random(len(pages)) < 0.5][:PAGES_A_MOVE]
         call = self.store.promote if self.rng.random() < 0.25 else self.store.demote
+        if call == self.store.demote or self.rng.random() < 0.5:
+            # All that is promoted otherwise: packs are empty then.
+            pages = pages[self.rng.random(len(pages)) < 0.5][:PAGES_A_MOVE]
         if self.rng.random() < 0.25:
             self.disk.cut_after(int(self.rng.integers(0, 30)))
         try:
