@@ -502,7 +502,7 @@ def test_a_poisoned_store_joins_its_daemon():
 
 
 def test_a_round_that_is_refused_ends_migration_and_not_the_store(monkeypatch):
-    def fail(self):
+    def fail(self, most):
         raise StoreIOError(errno.EIO, "planted")
 
     monkeypatch.setattr(Migrator, "_promote", fail)
@@ -518,7 +518,7 @@ def test_a_round_that_is_refused_ends_migration_and_not_the_store(monkeypatch):
 
 
 def test_a_round_that_breaks_off_between_two_steps_makes_the_store_refuse(monkeypatch):
-    def fail(self):
+    def fail(self, most):
         raise RuntimeError("planted")
 
     store, _ = make_store(migration=Migration(interval_s=0.001))

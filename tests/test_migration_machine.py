@@ -203,5 +203,5 @@ def promote_what_is_pinned(patch):
 def test_a_planted_bug_is_caught(monkeypatch, plant, seen_as):
     plant(monkeypatch)
     with pytest.raises((AssertionError, TierError), match=seen_as) as caught:
-        run_machine(TieredMachine, n_examples=200, steps=40)
+        run_machine(TieredMachine, n_examples=600, steps=40)
     assert not isinstance(caught.value, NestedClaimError)

@@ -10,7 +10,8 @@ How many is `tiers.watermarks`; which ones, the policies say. A round does, in t
 4. with a cold tier, pages move between it and the page file (`tiers.cooling`).
 
 A page that a claim holds, or that is being written, stays; a frame that a page left rests in limbo
-until every earlier epoch has ended. Claims that wait for their pages go first, before each step.
+until every earlier epoch has ended. A round is made in steps of a few pages; claims that wait for
+their pages go first, before each of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from tiers.frames import Tier
 from tiers.pager import Indices, Pager
 from tiers.watermarks import Migration, n_swaps
 
+STEP_BYTES = 128 << 10
+"""Moved before claims that wait for their pages have their turn."""
 PATIENCE_S = 0.02
 """How long a step lets claims go first that wait for pages; where they never end it must go on."""
 
@@ -106,31 +109,40 @@ class Migrator:
         self._claims.require_nothing_held()
         self._bandwidth.advance(now_s)
         before = dict(self._pager.counts)
-        for act in (
-            self._begin_round,
-            partial(self._free_frames, Tier.CXL),
-            partial(self._free_frames, Tier.DRAM),
-            self._promote,
-            self._write_ahead,
-            self._forget,
-        ):
-            self._step(act)
+        self._step(self._begin_round)
+        for tier in (Tier.CXL, Tier.DRAM):
+            self._in_steps(partial(self._free_frames, tier), self._n_to_free(tier))
+        self._in_steps(self._promote, self.parameters.pages_max)
+        self._in_steps(self._write_ahead, self.parameters.pages_max)
+        self._step(self._forget)
         self._cool()
         counts = self._pager.counts
         names = ("demoted", "promoted", "evictions", "written_ahead")
         return Moves(*(counts[name] - before[name] for name in names))
 
-    def _step(self, act: Callable[[], None]) -> None:
-        """Act with the I/O lock, once no claim waits for it; spend what is moved."""
+    def _in_steps(self, act: Callable[[int], int], n_pages: int) -> None:
+        """Let so many pages move, a few at a time: a demand that comes waits for those at most."""
+        most = max(1, STEP_BYTES // self._pager.page_bytes)
+        while n_pages > 0:
+            n_asked = min(n_pages, most)
+            if self._step(partial(act, n_asked)) < n_asked:
+                return
+            n_pages -= n_asked
+
+    def _step(self, act: Callable[[], int]) -> int:
+        """Act with the I/O lock, once no claim waits for it; spend what is moved.
+
+        Returns what `act` does, 0 if the store takes no more.
+        """
         pager, condition = self._pager, self._condition
         self._claims.wait_for_demands(PATIENCE_S)
         with self._claims.io.beside_reads():
             if condition.forked or condition.closed or condition.poison:
-                return
+                return 0
             before = self._pages_moved()
             try:
                 with condition.guarding("a round of migration"):
-                    act()
+                    return act()
             finally:
                 moved_bytes = (self._pages_moved() - before) * pager.page_bytes
                 self._bandwidth.spend(moved_bytes)
@@ -161,37 +173,44 @@ class Migrator:
         n_pages = self._bandwidth.left_bytes // (transfers * self._pager.page_bytes)
         return max(0, min(self.parameters.pages_max, int(n_pages)))
 
-    def _begin_round(self) -> None:
+    def _begin_round(self) -> int:
         frames = self._pager.frames
         with self._pager.mutex:
             frames.n_rounds += 1
             frames.reclaim()
+        return 0
 
-    def _forget(self) -> None:
+    def _forget(self) -> int:
         frames = self._pager.frames
         with self._pager.mutex:
             if self.parameters.is_time_to_forget(frames.n_touched, frames.n_dram):
                 frames.touches >>= 1
                 frames.n_touched = 0
+        return 0
 
-    def _free_frames(self, tier: Tier) -> None:
-        pager = self._pager
-        frames = pager.frames
+    def _n_to_free(self, tier: Tier) -> int:
+        frames = self._pager.frames
         n_frames = frames.n_dram if tier == Tier.DRAM else frames.n_cxl
-        with pager.mutex:
+        with self._pager.mutex:
             n_free = frames.n_free_of(tier) + frames.n_limbo_of(tier)
-            count = self.parameters.n_to_free(n_free, n_frames)
-            # A page that is demoted may be the second one to be written for it.
-            count = min(count, self._pages_affordable(2))
-            victims = pager.begin_to_give_up(pager.placement.victims(count, tier), tier)
-        pager.give_up(victims, tier)
+        return self.parameters.n_to_free(n_free, n_frames)
 
-    def _promote(self) -> None:
+    def _free_frames(self, tier: Tier, most: int) -> int:
+        pager = self._pager
+        with pager.mutex:
+            # A page that is demoted may be the second one to be written for it.
+            count = min(most, self._pages_affordable(2))
+            chosen = pager.placement.victims(count, tier)
+            victims = pager.begin_to_give_up(chosen, tier)
+        pager.give_up(victims, tier)
+        return len(chosen)
+
+    def _promote(self, most: int) -> int:
         pager = self._pager
         frames = pager.frames
         with pager.mutex:
             # Two pages change places, and the one that goes down may push out a third.
-            candidates, victims = self._swaps(self._pages_affordable(3))
+            candidates, victims = self._swaps(min(most, self._pages_affordable(3)))
             if len(victims):
                 victims = pager.begin_to_give_up(victims, Tier.DRAM)
             candidates = candidates[: len(victims)]
@@ -208,6 +227,7 @@ class Migrator:
             with pager.mutex:
                 frames.writing[candidates] = False
                 pager.released.notify_all()
+        return n_promoted
 
     def _swaps(self, count: int) -> tuple[Indices, Indices]:
         """Return frames of CXL memory and of DRAM whose pages should change places. Mutex held."""
@@ -230,16 +250,17 @@ class Migrator:
         n_pairs = n_swaps(frames.touches[candidates], frames.touches[victims])
         return candidates[:n_pairs], victims[:n_pairs]
 
-    def _write_ahead(self) -> None:
+    def _write_ahead(self, most: int) -> int:
         pager = self._pager
         frames = pager.frames
         with pager.mutex:
             is_cold = frames.evictable() & frames.dirty & (frames.touches == 0)
             cold = np.flatnonzero(is_cold)
             cold = cold[np.argsort(frames.arrived[cold], kind="stable")]
-            cold = cold[: self._pages_affordable(1)]
+            cold = cold[: min(most, self._pages_affordable(1))]
             frames.writing[cold] = True
         if len(cold):
             pager.write_ahead(cold)
             with pager.mutex:
                 pager.counts["written_ahead"] += len(cold)
+        return len(cold)
