@@ -204,11 +204,36 @@ def test_lost_blocks_are_reclaimed():
     session.assert_right()
 
 
+def leave_a_leaf_behind(session):
+    """Write two pages of another space, and discard one when only high blocks are free."""
+    store = session.store
+    space = store.create_space("others", dtype="uint8", row_width=session.page_bytes, n_rows=4)
+    session.model.create_space(space.spec)
+    with store.claim([(space, np.array([0, 1]))], write=True) as claim:
+        for page, frame in enumerate(claim.frames[0].tolist()):
+            content = session.rng.bytes(session.page_bytes)
+            store.arena[frame] = np.frombuffer(content, np.uint8)
+            session.model.write("others", page, content)
+    session.commit()
+    allocator = store._pager.allocator
+    store._transaction.begin_change()
+    allocator.ensure(0, store._pager.allocation_bound(2))
+    end = allocator.end_of_used() // allocator.blocks_per_slot
+    is_free = allocator.slot_counts(0)[1][:end] == allocator.blocks_per_slot
+    allocator.take_slots(int(is_free.sum()))
+    while allocator.spare:
+        allocator.take_block()
+    store.discard(space, 1, 2)
+    session.model.current.discard("others", 1, 2)
+    session.commit()
+
+
 def test_wherever_the_cut_is_every_page_stays():
     """Also where it leaves no room, and where nodes lie beyond it and their pages do not."""
     n_nodes = n_cramped = 0
     for seed in range(12):
         session = sparse_session((4096, 8192, 32768)[seed % 3], seed=seed)
+        leave_a_leaf_behind(session)
         with pytest.MonkeyPatch.context() as patch:
             allocator = session.store._pager.allocator
             per_slot = session.page_bytes // BLOCK_BYTES
@@ -565,7 +590,7 @@ def move_a_node_without_telling_its_parent(patch):
     def move_alone(self, tree, level, index):
         node = self._get(tree, level, index)
         old_block, node.block = node.block, self._take_block()
-        self._write_blocks([node.block], [node.raw])
+        self._write_rows(np.array([node.block]), self._memory, np.array([node.frame]))
         self._give_back(old_block, 1, None)
 
     patch.setattr(PageMap, "make_private", move_alone)

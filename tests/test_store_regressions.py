@@ -76,7 +76,7 @@ def read(store: Store, space: Space, page: int) -> int:
 def test_files_of_many_bitmaps_are_allocated_and_freed_like_others(
     monkeypatch: pytest.MonkeyPatch, disk: FaultDisk, bitmap_blocks: int, page_size: int
 ) -> None:
-    for name in ("allocator", "files", "check", "reached", "tags", "transaction"):
+    for name in ("allocator", "groups", "files", "check", "reached", "tags", "transaction"):
         module = getattr(tiers, name)
         monkeypatch.setattr(module, "BITMAP_BLOCKS", bitmap_blocks)
     n_pages = 6000

@@ -3,11 +3,14 @@
 The truth is a bitmap, one bit a 4 KiB block (1 = used), kept as the objects of a copy-on-write tree
 of the page map, so it commits and aborts with everything else. One bitmap object covers a *group*
 of 32,768 blocks (128 MiB). Beside it lives a summary in memory: free slots and free odd blocks of
-each group that was looked at; the others are looked at when the known ones do not suffice.
+each group that was looked at; the others are looked at, from the end of the file, when the known
+ones do not suffice.
 
-A *slot* is an aligned run of `blocks_per_slot` blocks that holds one page. Single blocks, for map
-nodes, are taken from slots that are broken already before a whole one is broken. The first slots
-of each group hold the tags of the others (`tiers.tags`) and are never taken.
+A *slot* is an aligned run of `blocks_per_slot` blocks that holds one page. What is taken together
+lies together, because it is written together: slots and blocks come from one group as long as it
+has any, then from the emptiest one. Single blocks, for map nodes, break a whole slot, unless whole
+ones are short or there are many holes in broken ones (`Allocator.is_thrifty`). The first slots of
+each group hold the tags of the others (`tiers.tags`) and are never taken.
 
 What a commit freed is *held* while a reader in another process may still look at the state before
 it.
@@ -22,11 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from tiers.errors import StoreFullError
+from tiers.groups import BITMAP_BLOCKS as BITMAP_BLOCKS
+from tiers.groups import BLOCK_BYTES as BLOCK_BYTES
+from tiers.groups import TAG_BYTES as TAG_BYTES
+from tiers.groups import Groups
+from tiers.groups import tag_slots as tag_slots
 
-BLOCK_BYTES = 4096
-BITMAP_BLOCKS = BLOCK_BYTES * 8
 SPARE_BLOCKS = 16
-TAG_BYTES = 32
 RESERVE_BLOCKS = 32
 """Blocks that only what frees blocks may take, and two more a group."""
 COLD_BLOCK = 1 << 44
@@ -35,20 +40,14 @@ COLD_GROUP = COLD_BLOCK // BITMAP_BLOCKS
 PACK_BLOCKS = 512
 GROUPS_A_SEARCH = 64
 """Groups looked at for free slots before the file is made longer."""
+GROUPS_A_STRETCH = 4
+"""Groups looked at for slots that lie together."""
+HOLES_MAX = 64
+"""Single blocks fill broken slots once more than one block in so many is free in such a slot."""
 UNKNOWN = -1
 
 Bitmap = npt.NDArray[np.uint8]
 Counts = npt.NDArray[np.int64]
-
-
-def tag_slots(number: int, blocks_per_slot: int) -> tuple[int, int]:
-    """Return the slots (first, stop) of a group, counted from its start, that hold its tags.
-
-    The very first slot of the file is its header.
-    """
-    first = int(number == 0)
-    n_slots = BITMAP_BLOCKS // blocks_per_slot
-    return first, first - (-n_slots * TAG_BYTES // (blocks_per_slot * BLOCK_BYTES))
 
 
 class BitmapTree(Protocol):
@@ -90,6 +89,9 @@ class Allocator:
         Take nothing from this block on; see `set_limit`.
     frees_only : bool
         The change under way frees more than it takes, and may use the last blocks.
+    is_thrifty : bool
+        Single blocks are taken from the holes of broken slots for the rest of the transaction: room
+        that was ensured in it counts on them, or there are many.
     cold_blocks : int
         Blocks of cold slots that are used, those that the open transaction frees included.
     n_cold_groups : int
@@ -113,13 +115,18 @@ class Allocator:
         *,
         has_tags: bool,
     ) -> None:
+        # Here, because it imports numba.
+        from tiers import books
+
+        self._books = books
         self._tree = tree
         self._grow = grow
-        self._has_tags = has_tags
+        self._groups = Groups(blocks_per_slot, has_tags=has_tags)
         self.blocks_per_slot = blocks_per_slot
         self.kept_version = 0
         self.limit_blocks: int | None = None
         self.frees_only = False
+        self.is_thrifty = False
         self.let_readers_go: Callable[[], int | None] | None = None
         self.cold_blocks = 0
         self.n_cold_groups = 0
@@ -140,6 +147,7 @@ class Allocator:
         self._pending.clear()
         self._emptied.clear()
         self.spare.clear()
+        self.is_thrifty = False
         self._forget_summary()
         if used_blocks is None:
             self._search(self.n_bitmaps, self.n_bitmaps * BITMAP_BLOCKS)
@@ -214,6 +222,18 @@ class Allocator:
             self._search(self.n_bitmaps, self._wanted(n_slots, n_blocks))
             if self._missing(n_slots, n_blocks) > 0 and not self._is_room_made(n_slots, n_blocks):
                 raise
+        # Until the transaction ends: what is ensured now may be taken after more was ensured.
+        self.is_thrifty |= self._known_slots() < self._wanted(n_slots, n_blocks)
+        self.is_thrifty |= self._known_odd() * HOLES_MAX > self.file_blocks
+        self._find_a_stretch()
+
+    def _find_a_stretch(self) -> None:
+        """Look at a few groups if none that is known has room for many pages together."""
+        if not self._unknown or self.is_thrifty:
+            return
+        many = BITMAP_BLOCKS // self.blocks_per_slot // 2
+        if max(self._free_slots, default=0) < many:
+            self._search(GROUPS_A_STRETCH, self._known_slots() + many)
 
     def _is_room_made(self, n_slots: int, n_blocks: int) -> bool:
         """Return whether there is room once readers of earlier commits are no longer considered."""
@@ -233,24 +253,28 @@ class Allocator:
         """
         taken = []
         left = count
-        n_bitmaps = len(self._free_slots)
-        first = self._cursor
-        for step in range(n_bitmaps):
-            if left == 0:
-                break
-            number = (first + step) % n_bitmaps
-            if self._free_slots[number] <= 0:
-                continue
+        while left:
+            number = self._group_with_slots()
+            if number is None:
+                raise StoreFullError(f"no free slot for {left} of {count} pages")
             bitmap = self._tree.private_bitmap(number)
             bits = self._bits(number, bitmap)
             chosen = np.flatnonzero(~bits.any(axis=1))[:left]
+            # Making the bitmap private may have taken the last one.
+            assert len(chosen) or self._free_slots[number] <= 0, "free slots are miscounted"
             self._mark(number, bitmap, bits, chosen, slice(None))
             taken.append(chosen * self.blocks_per_slot + number * BITMAP_BLOCKS)
             left -= len(chosen)
-            self._cursor = number
-        if left:
-            raise StoreFullError(f"no free slot for {left} of {count} pages")
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+    def _group_with_slots(self) -> int | None:
+        """Return the group to take slots from, whose bitmap is private already if it can be."""
+        if not 0 <= self._cursor < len(self._free_slots) or self._free_slots[self._cursor] <= 0:
+            most = max(self._free_slots, default=0)
+            if most <= 0:
+                return None
+            self._cursor = self._free_slots.index(most)
+        return self._cursor
 
     def take_cold(self, block: int, n_blocks: int) -> None:
         """Take blocks of cold slots, which nobody took before; room for a bitmap is ensured."""
@@ -311,12 +335,12 @@ class Allocator:
         self.spare.clear()
         for number, freed in self._pending.items():
             bitmap = self._tree.private_bitmap(number)
-            assert (bitmap[: BITMAP_BLOCKS // 8] & freed == freed).all(), "freed what is free"
-            bitmap[: BITMAP_BLOCKS // 8] &= ~freed
+            n_freed = self._books.clear_bits(bitmap, freed)
+            assert n_freed >= 0, "freed what is free"
             if number < COLD_GROUP:
-                self._used -= _count(freed)
+                self._used -= n_freed
             else:
-                self.cold_blocks -= _count(freed)
+                self.cold_blocks -= n_freed
                 packs = bitmap[: BITMAP_BLOCKS // 8].reshape(-1, PACK_BLOCKS // 8)
                 is_left = np.asarray(packs.any(axis=1))
                 was_there = freed.reshape(-1, PACK_BLOCKS // 8).any(axis=1)
@@ -389,7 +413,7 @@ class Allocator:
         for number in reversed(range(self.n_bitmaps)):
             used = np.flatnonzero(self.is_used(number))
             if len(used):
-                return self._round_up(number * BITMAP_BLOCKS + int(used[-1]) + 1)
+                return self._groups.round_up(number * BITMAP_BLOCKS + int(used[-1]) + 1)
         raise AssertionError("the header is in use")
 
     def shorten(self, file_blocks: int) -> None:
@@ -400,16 +424,13 @@ class Allocator:
         for number in range(-(-file_blocks // BITMAP_BLOCKS), self.n_bitmaps):
             assert not self.is_used(number).any(), "what is used would be cut off"
             self._tree.remove_bitmap(number)
-        self._used -= self._n_reserved(file_blocks, self.file_blocks)
+        self._used -= self._groups.n_reserved(file_blocks, self.file_blocks)
         self.file_blocks = file_blocks
         self._forget_summary()
 
     def reserved(self, number: int) -> tuple[int, int]:
         """Return the blocks (first, stop) of a group, counted from its start, that tags take."""
-        if not self._has_tags:
-            return 0, 0
-        first, stop = tag_slots(number, self.blocks_per_slot)
-        return first * self.blocks_per_slot, stop * self.blocks_per_slot
+        return self._groups.reserved(number)
 
     def _wanted(self, n_slots: int, n_blocks: int) -> int:
         return n_slots + -(-n_blocks // self.blocks_per_slot) + 1
@@ -442,49 +463,33 @@ class Allocator:
         """Make the file longer by so many slots that can be taken."""
         if self.limit_blocks is not None:
             raise StoreFullError(f"no free slot below block {self.limit_blocks}")
-        file_blocks = self._round_up(self.file_blocks)
-        blocks_min = self._with_tags(file_blocks, n_slots)
-        wanted = self._with_tags(file_blocks, n_slots + blocks_min // self.blocks_per_slot // 8)
+        file_blocks = self._groups.round_up(self.file_blocks)
+        blocks_min = self._groups.with_tags(file_blocks, n_slots)
+        wanted = self._groups.with_tags(
+            file_blocks, n_slots + blocks_min // self.blocks_per_slot // 8
+        )
         before = self.file_blocks
         self.file_blocks = self._grow(blocks_min, wanted)
-        self._used += self._n_reserved(before, self.file_blocks)
+        self._used += self._groups.n_reserved(before, self.file_blocks)
         for number in range(max(0, (before - 1) // BITMAP_BLOCKS), self.n_bitmaps):
             if number in self._unknown:
                 self._unknown.remove(number)
             self._summarise(number, self._tree.bitmap(number))
 
-    def _n_reserved(self, start: int, stop: int) -> int:
-        """Return how many blocks in [start, stop) tags take."""
-        total = 0
-        for number in range(start // BITMAP_BLOCKS, -(-stop // BITMAP_BLOCKS)):
-            first, end = (number * BITMAP_BLOCKS + block for block in self.reserved(number))
-            total += max(0, min(end, stop) - max(first, start))
-        return total
-
-    def _with_tags(self, file_blocks: int, n_slots: int) -> int:
-        """Return how long the file must be to have `n_slots` slots after block `file_blocks`."""
-        end = file_blocks
-        left = n_slots * self.blocks_per_slot
-        while left:
-            number = end // BITMAP_BLOCKS
-            first, stop = self.reserved(number)
-            if number * BITMAP_BLOCKS + first <= end < number * BITMAP_BLOCKS + stop:
-                end = number * BITMAP_BLOCKS + stop
-            step = min(left, (number + 1) * BITMAP_BLOCKS - end)
-            end += step
-            left -= step
-        return end
-
     def _forget_summary(self) -> None:
         self._free_slots = [UNKNOWN] * self.n_bitmaps
         self._free_odd = [UNKNOWN] * self.n_bitmaps
         self._unknown = list(range(self.n_bitmaps))
+        if self.limit_blocks is None:
+            # Where the file has grown there are whole stretches.
+            self._unknown.reverse()
         self._cursor = 0
 
     def _refill(self) -> None:
-        number = next((i for i, odd in enumerate(self._free_odd) if odd > 0), None)
+        number = None if self.is_thrifty else self._group_with_slots()
         if number is None:
-            number = next((i for i, slots in enumerate(self._free_slots) if slots > 0), None)
+            most = max(self._free_odd, default=0)
+            number = self._free_odd.index(most) if most > 0 else self._group_with_slots()
         if number is None:
             raise StoreFullError("no free block for a map node")
         bitmap = self._tree.private_bitmap(number)
@@ -492,12 +497,13 @@ class Allocator:
             return  # making the bitmap private refilled in passing
         bits = self._bits(number, bitmap)
         used = bits.sum(axis=1)
+        whole = np.flatnonzero(used == 0)
         broken = np.flatnonzero((used > 0) & (used < self.blocks_per_slot))
-        # The emptiest first: what is written together then lies together.
-        broken = broken[np.argsort(used[broken], kind="stable")]
-        rows = broken[:SPARE_BLOCKS] if len(broken) else np.flatnonzero(used == 0)[:1]
-        if self.blocks_per_slot == 1:
-            rows = np.flatnonzero(used == 0)[:SPARE_BLOCKS]
+        if len(broken) and (self.is_thrifty or len(whole) == 0):
+            # The emptiest first: what is written together then lies together.
+            rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS]
+        else:
+            rows = whole[: max(1, SPARE_BLOCKS // self.blocks_per_slot)]
         row_of, column_of = np.nonzero(bits[rows] == 0)
         row_of, column_of = row_of[:SPARE_BLOCKS], column_of[:SPARE_BLOCKS]
         self._mark(number, bitmap, bits, rows[row_of], column_of)
@@ -527,10 +533,15 @@ class Allocator:
         self._free_odd[number] += odd_left - odd
 
     def _summarise(self, number: int, bitmap: Bitmap | None) -> None:
-        self._note(number, self._bits(number, bitmap))
-
-    def _note(self, number: int, bits: npt.NDArray[np.uint8]) -> None:
-        free_slots, free_odd = self._free_of(bits)
+        """Count what is free in a group; as `_free_of` its `_bits`, in one compiled call."""
+        n_blocks, n_bits = self._extent(number)
+        held = [freed[number] for _, freed in self._held if number in freed]
+        free_slots, free_odd = self._books.count_free(
+            _NOTHING if bitmap is None else bitmap[: BITMAP_BLOCKS // 8],
+            held[0] if held else _NOTHING,
+            held[1] if len(held) > 1 else _NOTHING,
+            *(n_blocks, n_bits, *self.reserved(number), self.blocks_per_slot),
+        )
         while number >= len(self._free_slots):
             self._free_slots.append(0)
             self._free_odd.append(0)
@@ -548,9 +559,7 @@ class Allocator:
 
         There is nothing to be taken in the slots that are left out at the end of the group.
         """
-        end = self.file_blocks if self.limit_blocks is None else self.limit_blocks
-        n_blocks = max(0, min(end, self.file_blocks) - number * BITMAP_BLOCKS)
-        n_bits = min(self._round_up(n_blocks), BITMAP_BLOCKS)
+        n_blocks, n_bits = self._extent(number)
         n_bytes = -(-n_bits // 8)
         if bitmap is None:
             bits = np.zeros(n_bits, np.uint8)
@@ -564,8 +573,14 @@ class Allocator:
         bits[n_blocks:] = 1
         return bits.reshape(-1, self.blocks_per_slot)
 
-    def _round_up(self, blocks: int) -> int:
-        return -(-blocks // self.blocks_per_slot) * self.blocks_per_slot
+    def _extent(self, number: int) -> tuple[int, int]:
+        """Return how many blocks of a group there are to be taken, and that in whole slots."""
+        end = self.file_blocks if self.limit_blocks is None else self.limit_blocks
+        n_blocks = max(0, min(end, self.file_blocks) - number * BITMAP_BLOCKS)
+        return n_blocks, min(self._groups.round_up(n_blocks), BITMAP_BLOCKS)
+
+
+_NOTHING: Bitmap = np.zeros(BITMAP_BLOCKS // 8, np.uint8)
 
 
 def _unpacked(bits: Bitmap) -> npt.NDArray[np.bool_]:

@@ -18,6 +18,7 @@ from tiers.compiled import Compiler
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
+Bytes = npt.NDArray[np.uint8]
 
 compiled = Compiler("books", Path(__file__).parent)
 
@@ -25,6 +26,9 @@ _ALL_ONES = np.uint64((1 << 64) - 1)
 _PLACE_MASK = np.uint64((1 << 48) - 1)
 _LOW_HALF = np.uint64(0xFFFFFFFF)
 _16, _32, _48 = np.uint64(16), np.uint64(32), np.uint64(48)
+_1, _2, _4, _8, _127 = np.uint64(1), np.uint64(2), np.uint64(4), np.uint64(8), np.uint64(127)
+_FIVES, _THREES = np.uint64(0x5555555555555555), np.uint64(0x3333333333333333)
+_FIFTEENS = np.uint64(0x0F0F0F0F0F0F0F0F)
 
 
 @compiled
@@ -275,6 +279,79 @@ def stretches(
     return count
 
 
+@compiled
+def n_ones(word: np.uint64) -> int:
+    """Return how many bits of a uint64 are set."""
+    pairs = word - ((word >> _1) & _FIVES)
+    fours = (pairs & _THREES) + ((pairs >> _2) & _THREES)
+    eights = (fours + (fours >> _4)) & _FIFTEENS
+    halves = eights + (eights >> _8)
+    halves += halves >> _16
+    return int((halves + (halves >> _32)) & _127)
+
+
+@compiled
+def clear_bits(bitmap: Bytes, freed: Bytes) -> int:
+    """Clear the bits of a bitmap that are set in `freed`; return how many, -1 if one was clear."""
+    bits, others = bitmap.view(np.uint64), freed.view(np.uint64)
+    count = 0
+    for i in range(len(others)):
+        if bits[i] & others[i] != others[i]:
+            return -1
+        count += n_ones(others[i])
+    for i in range(len(others)):
+        bits[i] &= ~others[i]
+    return count
+
+
+@compiled
+def count_free(
+    bitmap: Bytes,
+    held: Bytes,
+    held_too: Bytes,
+    n_blocks: int,
+    n_bits: int,
+    first_reserved: int,
+    stop_reserved: int,
+    blocks_per_slot: int,
+) -> tuple[int, int]:
+    """Count the free slots of a group, and the free blocks of broken ones.
+
+    Parameters
+    ----------
+    bitmap, held, held_too : uint8 arrays (4096,)
+        A block is taken if any of them has its bit set.
+    n_blocks : int
+        Blocks of the group that there are; the others are taken.
+    n_bits : int
+        The same in whole slots.
+    first_reserved, stop_reserved : int
+        Blocks that are taken, whole slots.
+    blocks_per_slot : int
+        A power of two.
+    """
+    a, b, c = bitmap.view(np.uint64), held.view(np.uint64), held_too.view(np.uint64)
+    n_slots, n_odd = 0, 0
+    width = min(blocks_per_slot, 64)
+    mask = _ALL_ONES >> np.uint64(64 - width)
+    for first in range(0, n_bits, blocks_per_slot):
+        if first_reserved <= first < stop_reserved:
+            continue
+        n_used = 0
+        for at in range(first, first + blocks_per_slot, width):
+            word = at >> 6
+            bits = ((a[word] | b[word] | c[word]) >> np.uint64(at & 63)) & mask
+            n_left = n_blocks - at
+            if n_left < width:
+                bits |= (mask << np.uint64(max(n_left, 0))) & mask if n_left > 0 else mask
+            n_used += n_ones(bits)
+        if n_used == 0:
+            n_slots += 1
+        else:
+            n_odd += blocks_per_slot - n_used
+    return n_slots, n_odd
+
+
 def load() -> Any:
     """Compile, or load, what the first fault would otherwise wait for under the store's mutex."""
     nothing = np.empty(0, np.int64)
@@ -291,4 +368,7 @@ def load() -> Any:
     neighbourhoods(nothing, 1, 0, 1, nothing, nothing)
     stretches(nothing, nothing, 1, 0, 1, 1, 0, nothing)
     note_places(flags, flags, flags, nothing, nothing, nothing, words, 0)
+    bits = np.zeros(8, np.uint8)
+    clear_bits(bits, bits)
+    count_free(bits, bits, bits, 0, 0, 0, 0, 1)
     unpack(words[:, :2].copy(), nothing, np.zeros(4, np.uint64), nothing, nothing, words)

@@ -48,7 +48,8 @@ class Disk(Protocol):
     Nothing is durable before `sync` (contents and length of a file) or `sync_directory` (names) has
     returned.
 
-    A disk that can sum what it reads has `read_rows` too, see `OsDisk`; without it the store sums.
+    A disk that can sum what it reads and writes has `read_rows` and `write_rows` too, see `OsDisk`;
+    without them the store sums.
     """
 
     def make_directory(self, path: Path) -> None: ...
@@ -208,6 +209,20 @@ class OsDisk:
     ) -> None:
         assert isinstance(file, OsFile)
         self._transfers.move(file, offsets, buffers, write=True, in_flight=in_flight)
+
+    def write_rows(
+        self,
+        file: File,
+        offsets: Words,
+        memory: Bytes,
+        rows: Words,
+        tails: npt.NDArray[np.uint64] | None,
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> Words | None:
+        """Write rows of an array, return crc32c of each with its tail; `Transfers.write_rows`."""
+        assert isinstance(file, OsFile)
+        return self._transfers.write_rows(file, offsets, memory, rows, tails, in_flight=in_flight)
 
     def allocate(self, file: File, size_bytes: int) -> None:
         descriptor = _descriptor(file)

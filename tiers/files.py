@@ -558,7 +558,7 @@ def _write_first_state(slots: SlotFile, store_id: bytes) -> Root:
     page_map = PageMap(
         store_id,
         slots.read_blocks,
-        slots.write_blocks,
+        slots.write_rows,
         lambda: next(free_blocks),
         lambda block, n_blocks, version: None,
         NODES_MIN,

@@ -25,18 +25,21 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 
-from tiers.allocator import BLOCK_BYTES, COLD_BLOCK, Bitmap
+from tiers.allocator import BLOCK_BYTES, Bitmap
 from tiers.checksum import bound_crc32c
 from tiers.disk import aligned_buffer
+from tiers.entries import ABSENT_WORD as ABSENT_WORD
+from tiers.entries import PLACE_MASK as PLACE_MASK
+from tiers.entries import are_private as are_private
+from tiers.entries import blocks_of as blocks_of
+from tiers.entries import pack_entries as pack_entries
+from tiers.entries import pack_entry as pack_entry
+from tiers.entries import unpack_entry as unpack_entry
 from tiers.errors import CorruptionError
 from tiers.root import TreeTop
 
 FANOUT_BITS = 8
 FANOUT = 1 << FANOUT_BITS
-ABSENT_WORD = (1 << 64) - 1
-PLACE_BITS = 48
-PLACE_MASK = (1 << PLACE_BITS) - 1
-
 ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
 TREE_NUMBERS = {"allocation": ALLOCATION, "spaces": SPACES, "catalogue": CATALOGUE}
 NODES_MIN = 64
@@ -44,42 +47,6 @@ NODES_MIN = 64
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 Key = tuple[int, int, int]
-
-
-def pack_entry(block: int, version: int, crc: int) -> tuple[int, int]:
-    """Return the two words of an entry."""
-    return block | (version & 0xFFFF) << 48, version >> 16 | crc << 32
-
-
-def pack_entries(blocks: Indices, version: int, crcs: Indices) -> Words:
-    """Return entries, uint64 (n, 2), of one version."""
-    entries = np.empty((len(blocks), 2), np.uint64)
-    entries[:, 0] = blocks.astype(np.uint64) | np.uint64((version & 0xFFFF) << 48)
-    entries[:, 1] = crcs.astype(np.uint64) << np.uint64(32) | np.uint64(version >> 16)
-    return entries
-
-
-def unpack_entry(word0: int, word1: int) -> tuple[int, int, int]:
-    """Return (block, version, crc) of an entry that is not absent."""
-    return word0 & PLACE_MASK, word0 >> 48 | (word1 & 0xFFFFFFFF) << 16, word1 >> 32
-
-
-def blocks_of(entries: Words) -> Indices:
-    """Return the blocks in entries (n, 2) that are not absent."""
-    return (entries[:, 0] & np.uint64(PLACE_MASK)).astype(np.int64)
-
-
-def versions_of(entries: Words) -> Words:
-    """Return the versions in entries (n, 2) that are not absent."""
-    return entries[:, 0] >> np.uint64(48) | (entries[:, 1] & np.uint64(0xFFFFFFFF)) << np.uint64(16)
-
-
-def are_private(entries: Words, version: int) -> npt.NDArray[np.bool_]:
-    """Return which entries (n, 2) name a slot of this version that may be rewritten in place.
-
-    A cold slot is written once, whoever wrote it.
-    """
-    return np.asarray((versions_of(entries) == version) & (blocks_of(entries) < COLD_BLOCK))
 
 
 def depth_of(n_objects: int) -> int:
@@ -112,8 +79,10 @@ class PageMap:
     Parameters
     ----------
     store_id : bytes, 16
-    read_blocks, write_blocks : callable
-        ``(blocks, buffers)``; move 4 KiB blocks of the page file.
+    read_blocks : callable
+        ``(blocks, buffers)``; reads 4 KiB blocks of the page file.
+    write_rows : callable
+        ``(blocks, memory, rows)``; writes rows of an array to blocks of the page file.
     take_block : callable
         Returns a free block.
     give_back : callable
@@ -136,20 +105,26 @@ class PageMap:
         self,
         store_id: bytes,
         read_blocks: Callable[[Sequence[int], Sequence[Bitmap]], None],
-        write_blocks: Callable[[Sequence[int], Sequence[Bitmap]], None],
+        write_rows: Callable[[Indices, Bitmap, Indices], Indices],
         take_block: Callable[[], int],
         give_back: Callable[[int, int, int | None], None],
         n_nodes_max: int,
     ) -> None:
         assert n_nodes_max >= NODES_MIN
+        # Here, because it imports numba.
+        from tiers import sums
+
+        sums.load()
+        self._sums = sums
         self._store_id = store_id
         self._read_blocks = read_blocks
-        self._write_blocks = write_blocks
+        self._write_rows = write_rows
         self._take_block = take_block
         self._give_back = give_back
         self._memory = aligned_buffer(n_nodes_max, BLOCK_BYTES)
         self._free_frames = list(range(n_nodes_max))[::-1]
         self._nodes: OrderedDict[Key, Node] = OrderedDict()
+        self._private: dict[Key, Node] = {}
         self._space_depths: dict[int, int] = {}
         self.tops: dict[int, TreeTop] = {}
         self.version = 0
@@ -160,9 +135,10 @@ class PageMap:
 
         Cached nodes newer than that state are forgotten; this is what an abort is.
         """
-        if any(node.dirty or node.version >= version for node in self._nodes.values()):
+        if any(node.dirty or node.version >= version for node in self._private.values()):
             self._free_frames.extend(node.frame for node in self._nodes.values())
             self._nodes.clear()
+        self._private.clear()
         self.version = version
         self.tops = {tree: TreeTop(top.word0, top.word1, top.depth) for tree, top in tops.items()}
         self._space_depths = dict(space_depths)
@@ -170,7 +146,8 @@ class PageMap:
 
     def forget(self) -> None:
         """Empty the cache; nothing in it may be dirty."""
-        assert not any(node.dirty for node in self._nodes.values())
+        assert not any(node.dirty for node in self._private.values())
+        self._private.clear()
         self._free_frames.extend(node.frame for node in self._nodes.values())
         self._nodes.clear()
 
@@ -240,7 +217,8 @@ class PageMap:
             return self._make_private(tree, 0, index).raw
 
     def private_bitmap(self, number: int) -> Bitmap:
-        return self.private_object(ALLOCATION, number)
+        node = self._still_private((ALLOCATION, 0, number))
+        return self.private_object(ALLOCATION, number) if node is None else node.raw
 
     def remove_bitmap(self, number: int) -> None:
         self.remove_object(ALLOCATION, number)
@@ -254,9 +232,18 @@ class PageMap:
     def set_entries(self, tree: int, indices: Indices, entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""
         with self._changing():
-            for parent, start, stop in _runs(indices):
-                node = self._make_private(tree, 1, parent)
-                node.words[indices[start:stop] & (FANOUT - 1)] = entries[start:stop]
+            runs = _runs(indices)
+            nodes = [self._still_private((tree, 1, parent)) for parent, _, _ in runs]
+            if None in nodes:
+                for parent, start, stop in runs:
+                    node = self._make_private(tree, 1, parent)
+                    node.words[indices[start:stop] & (FANOUT - 1)] = entries[start:stop]
+                return
+            # As in a commit: nothing is loaded or evicted, so one assignment does for all.
+            frames = [node.frame for node in nodes if node is not None]
+            counts = [stop - start for _, start, stop in runs]
+            words = self._memory.view(np.uint64).reshape(-1, FANOUT, 2)
+            words[np.repeat(frames, counts), indices & (FANOUT - 1)] = entries
 
     def remove_object(self, tree: int, index: int) -> None:
         """Make a 4 KiB object absent."""
@@ -379,22 +366,42 @@ class PageMap:
         there after a cut is not referred to before the root is.
         """
         waiting: dict[tuple[int, int], list[Node]] = {}
-        for node in self._nodes.values():
+        for node in self._private.values():
             if node.dirty:
                 waiting.setdefault(node.key[:2], []).append(node)
         spaces = sorted({tree for tree, _ in waiting if tree >= FIRST_SPACE})
         flushed: list[Node] = []
         for tree in (*spaces, SPACES, CATALOGUE, ALLOCATION):
             for level in range(self.depth(tree) + 1):
-                for node in waiting.pop((tree, level), ()):
-                    crc = bound_crc32c(node.raw, self._store_id, *node.key, node.version)
-                    named = self._name_child(node, crc)
-                    if named is not None:
-                        waiting.setdefault(named.key[:2], []).append(named)
-                    flushed.append(node)
+                nodes = waiting.pop((tree, level), [])
+                for parent in {self._parent_key(node.key): node for node in nodes}:
+                    if parent is not None and not self._nodes[parent].dirty:
+                        self._nodes[parent].dirty = True
+                        waiting.setdefault(parent[:2], []).append(self._nodes[parent])
+                flushed += nodes
         assert not waiting, "a dirty node has a parent that comes before it"
-        self._write_blocks([node.block for node in flushed], [node.raw for node in flushed])
-        for node in flushed:
+        self._write_named(flushed)
+
+    def _write_named(self, nodes: list[Node]) -> None:
+        """Name nodes, children before parents, and write them; the parents are dirty already."""
+        if not nodes:
+            return
+        assert all(node.version == self.version for node in nodes)
+        frames, blocks = np.array([(node.frame, node.block) for node in nodes], np.int64).T.copy()
+        keys = np.array([node.key for node in nodes], np.int64)
+        above = [self._parent_key(node.key) for node in nodes]
+        parents = [-1 if key is None else self._nodes[key].frame for key in above]
+        is_top = np.array([node.key[1] == self.depth(node.key[0]) for node in nodes])
+        places = np.where(is_top, keys[:, 0] - FIRST_SPACE, keys[:, 2])
+        crcs = self._sums.name_rows(
+            *(self._memory, frames, blocks),
+            self._sums.identities_of(self._store_id, keys, self.version),
+            *(np.array(parents, np.int64), places & (FANOUT - 1)),
+        )
+        for i in [i for i, key in enumerate(above) if key is None]:
+            self._name_child(nodes[i], int(crcs[i]))
+        self._write_rows(blocks, self._memory, frames)
+        for node in nodes:
             node.dirty = False
 
     @contextmanager
@@ -437,20 +444,33 @@ class PageMap:
         raw = self._memory[frame]
         try:
             self._read_blocks([block], [raw])
-            if bound_crc32c(raw, self._store_id, tree, level, index, version) != crc:
-                raise CorruptionError(
-                    f"map node (tree {tree}, level {level}, index {index}) at block {block} fails "
-                    "its checksum"
-                )
+            self._verify(key, raw, (block, version, crc))
         except BaseException:
             self._free_frames.append(frame)
             raise
         return self._keep(Node(key, frame, raw, block, version))
 
+    def _verify(self, key: Key, raw: Bitmap, place: tuple[int, int, int]) -> None:
+        block, version, crc = place
+        if bound_crc32c(raw, self._store_id, *key, version) != crc:
+            tree, level, index = key
+            raise CorruptionError(
+                f"map node (tree {tree}, level {level}, index {index}) at block {block} fails "
+                "its checksum"
+            )
+
+    def _still_private(self, key: Key) -> Node | None:
+        """Return a node to be changed if it is cached and no root refers to it."""
+        node = self._private.get(key)
+        if node is not None:
+            self._nodes.move_to_end(key)
+            node.dirty = True
+        return node
+
     def _make_private(self, tree: int, level: int, index: int) -> Node:
         """Return a node that no root refers to, with its ancestors, made from nothing if absent."""
         key = (tree, level, index)
-        node = self._get(tree, level, index)
+        node = self._still_private(key) or self._get(tree, level, index)
         if node is not None and node.version == self.version:
             node.dirty = True
             return node
@@ -473,6 +493,7 @@ class PageMap:
         # may come back to this node when it is a bitmap.
         node.version = self.version
         node.dirty = True
+        self._private[key] = node
         node.block = -1
         node.block = self._take_block()
         self._name_child(node, 0)
@@ -495,6 +516,8 @@ class PageMap:
     def _keep(self, node: Node) -> Node:
         """Enter a node whose parent is cached."""
         self._nodes[node.key] = node
+        if node.version == self.version:
+            self._private[node.key] = node
         parent = self._parent(node)
         if parent is not None:
             parent.n_children += 1
@@ -502,29 +525,28 @@ class PageMap:
 
     def _parent(self, node: Node) -> Node | None:
         """Return the cached node that names this one, None if the root does."""
-        tree, level, index = node.key
+        key = self._parent_key(node.key)
+        return None if key is None else self._nodes[key]
+
+    def _parent_key(self, key: Key) -> Key | None:
+        """Return which node names this one, None if the root does."""
+        tree, level, index = key
         if level < self.depth(tree):
-            return self._nodes[tree, level + 1, index >> FANOUT_BITS]
-        if tree in self.tops:
-            return None
-        return self._nodes[SPACES, 1, (tree - FIRST_SPACE) >> FANOUT_BITS]
+            return tree, level + 1, index >> FANOUT_BITS
+        return None if tree in self.tops else (SPACES, 1, (tree - FIRST_SPACE) >> FANOUT_BITS)
 
-    def _name_child(self, node: Node, crc: int) -> Node | None:
-        """Write a node's entry where its parent keeps it; the parent is private already.
-
-        Returns the parent if only that made it dirty.
-        """
+    def _name_child(self, node: Node, crc: int) -> None:
+        """Write a node's entry where its parent keeps it; the parent is private already."""
         tree, level, index = node.key
         entry = pack_entry(node.block, node.version, crc)
         parent = self._parent(node)
         if parent is None:
             self.tops[tree].word0, self.tops[tree].word1 = entry
-            return None
+            return
         assert parent.version == self.version
         place = index if level < self.depth(tree) else tree - FIRST_SPACE
         parent.words[place & (FANOUT - 1)] = entry
-        was_dirty, parent.dirty = parent.dirty, True
-        return None if was_dirty else parent
+        parent.dirty = True
 
     def _cover(self, tree: int, index: int) -> None:
         """Add levels on top of a tree of the root until it covers object `index`."""
@@ -548,18 +570,12 @@ class PageMap:
         if not self._free_frames:
             oldest = next(n for n in self._nodes.values() if not n.n_children and n.block >= 0)
             if oldest.dirty:
-                self._write_nodes([oldest])
+                parent = self._parent(oldest)
+                if parent is not None:
+                    parent.dirty = True
+                self._write_named([oldest])
             self._drop(oldest.key)
         return self._free_frames.pop()
-
-    def _write_nodes(self, nodes: list[Node]) -> None:
-        if not nodes:
-            return
-        crcs = [bound_crc32c(node.raw, self._store_id, *node.key, node.version) for node in nodes]
-        self._write_blocks([node.block for node in nodes], [node.raw for node in nodes])
-        for node, crc in zip(nodes, crcs, strict=True):
-            self._name_child(node, crc)
-            node.dirty = False
 
     def _drop(self, key: Key) -> None:
         node = self._nodes[key]
@@ -567,6 +583,7 @@ class PageMap:
         if parent is not None:
             parent.n_children -= 1
         del self._nodes[key]
+        self._private.pop(key, None)
         self._free_frames.append(node.frame)
 
 

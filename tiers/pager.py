@@ -15,24 +15,18 @@ import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.budget import Budget
-from tiers.checksum import bound_crc32c, bound_crcs32c, identity_words
+from tiers.checksum import bound_crc32c
 from tiers.disk import Bytes, aligned_buffer
 from tiers.errors import CorruptionError
 from tiers.frames import Frames, Tier
 from tiers.latency import Latencies
 from tiers.memory import Memory
 from tiers.page_map import (
-    ABSENT_WORD,
-    ALLOCATION,
     FIRST_SPACE,
     TREE_NUMBERS,
     PageMap,
     Words,
-    are_private,
     depth_of,
-    pack_entries,
-    pack_entry,
-    unpack_entry,
 )
 from tiers.placement import Placement
 from tiers.policies import policy_class
@@ -42,14 +36,12 @@ from tiers.root import Root
 from tiers.slots import SlotFile
 from tiers.space import Space
 from tiers.tags import Tags
+from tiers.writeback import Writeback
 
 Indices = npt.NDArray[np.int64]
 
 WAVE_PAGES = 64
 """Pages in one wave of transfers."""
-WRITE_WAVE_PAGES = 256
-"""Of writes, which nobody waits for page by page."""
-WRITE_ATTEMPTS = 3
 COUNTS = (
     *("hits", "misses", "prefetched", "prefetch_used", "dirtied"),
     *("evictions", "cxl_evictions", "write_backs", "written_ahead", "demoted"),
@@ -58,7 +50,7 @@ COUNTS = (
 """What a pager counts, in pages."""
 
 
-class Pager:
+class Pager(Writeback):
     """Pages of one open store.
 
     Parameters
@@ -110,7 +102,7 @@ class Pager:
             self.map = PageMap(
                 root.store_id,
                 slots.read_blocks,
-                slots.write_blocks,
+                slots.write_rows,
                 lambda: self.allocator.take_block(),
                 lambda block, n_blocks, version: self.allocator.give_back(block, n_blocks, version),
                 self.memory.n_nodes,
@@ -364,96 +356,6 @@ class Pager:
         tree = FIRST_SPACE + space.number
         if bound_crc32c(content, self.store_id, tree, 0, page, version) != crc:
             raise _damaged(space, page, block, version)
-
-    def ensure_room(self, requests: list[Request]) -> None:
-        """Make sure that slots and map paths of these pages can be taken. I/O lock held."""
-        n_slots = 0
-        n_blocks = 0
-        for space, pages in requests:
-            tree = FIRST_SPACE + space.number
-            entries = self.map.lookup(tree, pages)
-            fresh = pages[~are_private(entries, self.map.version)]
-            n_slots += len(fresh)
-            n_blocks += self.map.count_private_needed(tree, fresh) if len(fresh) else 0
-        self.allocator.ensure(n_slots, n_blocks + self.allocation_bound(2 * n_slots + 2 * n_blocks))
-
-    def allocation_bound(self, n_changes: int) -> int:
-        """Return the most blocks that so many changes of bitmaps can make private."""
-        n_bitmaps = self.allocator.n_bitmaps + self.allocator.n_cold_groups + 2
-        return 2 * min(n_bitmaps, n_changes) + 2 * self.map.depth(ALLOCATION) + 4
-
-    def make_pages_private(self, requests: list[Request], frames_of: list[Indices]) -> None:
-        """Give each page that has none a slot of this transaction. I/O lock held, room ensured."""
-        for (space, pages), frames in zip(requests, frames_of, strict=True):
-            fresh = ~self.frames.private[frames]
-            if not fresh.any():
-                continue
-            tree = FIRST_SPACE + space.number
-            old = self.map.lookup(tree, pages[fresh])
-            blocks = self.allocator.take_slots(int(fresh.sum()))
-            entries = [pack_entry(int(block), self.map.version, 0) for block in blocks]
-            self.map.set_entries(tree, pages[fresh], np.array(entries, np.uint64))
-            self.free_pages(old[old[:, 0] != ABSENT_WORD])
-            with self.mutex:
-                self.frames.private[frames[fresh]] = True
-                self.frames.cold[frames[fresh]] = False
-                self.frames.dirty[frames[fresh]] = True
-                self.frames.block[frames[fresh]] = blocks
-                self.counts["dirtied"] += int(fresh.sum())
-
-    def free_pages(self, entries: Words) -> None:
-        """Give back the slots that entries name. I/O lock held, room for the bitmaps ensured."""
-        n_blocks = self.page_bytes // BLOCK_BYTES
-        for word0, word1 in entries.tolist():
-            block, version, _ = unpack_entry(word0, word1)
-            self.allocator.give_back(block, n_blocks, version)
-
-    def write_pages(self, frames: Indices) -> None:
-        """Write frames, which nobody changes, to their slots and name them. I/O lock held."""
-        books = self.frames
-        frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
-        for start in range(0, len(frames), WRITE_WAVE_PAGES):
-            wave = frames[start : start + WRITE_WAVE_PAGES]
-            spaces, pages = books.space[wave].astype(np.int64), books.page[wave]
-            names = np.empty((len(wave), 6), np.uint64)
-            for number in np.unique(spaces).tolist():
-                names[spaces == number, :4] = identity_words(self.store_id, FIRST_SPACE + number)
-            names[:, 4], names[:, 5] = pages, self.map.version
-            contents = [books.arena[frame] for frame in wave.tolist()]
-            crcs = bound_crcs32c(contents, names)
-            try:
-                self.slots.write_blocks(books.block[wave].tolist(), contents)
-            except OSError:
-                for frame in wave:
-                    self._write_page_elsewhere(int(frame))
-            blocks = books.block[wave]
-            if self.tags is not None:
-                self.has_written_tags = True
-                self.tags.write(blocks, spaces, pages, self.map.version, crcs)
-            entries = pack_entries(blocks, self.map.version, crcs)
-            for number in np.unique(spaces).tolist():
-                chosen = spaces == number
-                self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
-            with self.mutex:
-                books.dirty[wave] = False
-
-    def _write_page_elsewhere(self, frame: int) -> None:
-        """Write one page, to another slot where the device refuses one; that one is given up."""
-        for attempt in range(WRITE_ATTEMPTS):
-            try:
-                self.slots.write_blocks([int(self.frames.block[frame])], [self.frames.arena[frame]])
-                return
-            except OSError:
-                if attempt == WRITE_ATTEMPTS - 1:
-                    raise
-                self.allocator.ensure(1, self.allocation_bound(2))
-                block = self.allocator.take_slots(1)
-                self.frames.block[frame] = block[0]
-                self.map.set_entries(
-                    FIRST_SPACE + int(self.frames.space[frame]),
-                    self.frames.page[[frame]],
-                    np.array([pack_entry(int(block[0]), self.map.version, 0)], np.uint64),
-                )
 
 
 _NOTHING: Indices = np.empty(0, np.int64)

@@ -232,6 +232,41 @@ class SlotFile:
             raise _typed(refused, f"writing {self.file.path}") from refused
         self.bytes_written += sum(len(buffer) for buffer in buffers)
 
+    def write_rows(
+        self,
+        blocks: Words,
+        memory: Bytes,
+        rows: Words,
+        identities: npt.NDArray[np.uint64] | None = None,
+    ) -> Words:
+        """Write rows of `memory` from these blocks on; return crc32c bound to their identities.
+
+        Zeros without identities. Durable after `sync`.
+
+        Raises
+        ------
+        StoreFullError, StoreIOError
+            As `write_blocks` does.
+        """
+        write_rows = getattr(self._disk, "write_rows", None)
+        if write_rows is not None:
+            try:
+                sums = write_rows(self.file, blocks * BLOCK_BYTES, memory, rows, identities)
+            except OSError as refused:
+                raise _typed(refused, f"writing {self.file.path}") from refused
+            if sums is not None:
+                self.bytes_written += len(rows) * memory.shape[1]
+                found: Words = sums
+                return found
+        buffers = [memory[row] for row in rows.tolist()]
+        crcs = (
+            np.zeros(len(rows), np.int64)
+            if identities is None
+            else bound_crcs32c(buffers, identities)
+        )
+        self.write_blocks(blocks.tolist(), buffers)
+        return crcs
+
     def grow(self, blocks_min: int, blocks_wanted: int) -> int:
         """Lengthen the file to `blocks_wanted` blocks, or at least `blocks_min`; return how many.
 

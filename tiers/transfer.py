@@ -40,6 +40,8 @@ IN_FLIGHT_MAX = 64
 
 RUN_BUFFERS_MAX = 16
 """Most neighbouring buffers moved by one vectored call."""
+RUN_BYTES_MIN = 256 << 10
+"""A run of smaller buffers may be so long."""
 
 
 class Copies(NamedTuple):
@@ -284,6 +286,62 @@ class Transfers:
         )
         crcs = np.empty(len(order), np.int64)
         crcs[order] = sums[:, wave.CRC]
+        return crcs
+
+    def write_rows(
+        self,
+        file: OpenFile,
+        offsets: Words,
+        memory: Bytes,
+        rows: Words,
+        tails: npt.NDArray[np.uint64] | None,
+        *,
+        in_flight: int = IN_FLIGHT,
+    ) -> Words | None:
+        """Write rows of one array and sum each, in the threads that write them.
+
+        Parameters
+        ----------
+        file : OpenFile
+        offsets : int64 array (n,)
+            Bytes from the start of the file; distinct.
+        memory : uint8 array (n_rows, row_bytes)
+            Contiguous.
+        rows : int64 array (n,)
+            Which rows are written.
+        tails : uint64 array (n, n_words) or None
+            What follows each row in its checksum; nothing is summed without.
+        in_flight : int
+
+        Returns
+        -------
+        int64 array (n,) or None
+            crc32c of each row and its tail, zeros without tails; None, with nothing written, where
+            only `move` can write.
+
+        Raises
+        ------
+        OSError, ValueError
+            As `move` does.
+        """
+        calls = _wave_calls()
+        if calls is None or (tails is not None and not calls.crc32c_extend):
+            return None
+        from tiers import wave
+
+        _require_flight(in_flight)
+        if not memory.flags.c_contiguous:
+            raise ValueError("memory must be contiguous")
+        by_place = np.argsort(offsets, kind="stable")
+        chosen = np.empty((len(rows), 0), np.uint64) if tails is None else tails[by_place]
+        run_buffers_max = max(RUN_BUFFERS_MAX, RUN_BYTES_MIN // memory.shape[1])
+        _, runs, places, sums = wave.plan_rows(
+            offsets[by_place], memory, rows[by_place], chosen, run_buffers_max
+        )
+        summed = None if tails is None else sums
+        _move_in_wave(calls, file, runs, places, write=True, in_flight=in_flight, sums=summed)
+        crcs = np.empty(len(rows), np.int64)
+        crcs[by_place] = sums[:, wave.CRC]
         return crcs
 
     def _workers(self) -> ThreadPoolExecutor:

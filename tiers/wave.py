@@ -19,7 +19,7 @@ The system's functions are addresses in a table (`Calls`): a test puts its own t
 
 A thread that has filled a buffer sums it at once, while it is still in the processor's cache and
 the others read on: checksums of a batch, and copies for its reader, cost next to nothing beside its
-reads.
+reads. What is written is summed before, by the thread that is about to write it.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ RUN_WORDS = 4
     _JOIN,
     _EXTEND,
     _SUMS,
-) = range(13)
-BOARD_WORDS = 13
+    _SUM_FIRST,
+) = range(14)
+BOARD_WORDS = 14
 
 ADDRESS, SIZE, TAIL, TAIL_SIZE, CRC, EXPECTED, TARGET = range(7)
 SUM_WORDS = 7
@@ -192,6 +193,7 @@ def move(
         places,
         sums,
         _NO_COPIES if copies is None else copies,
+        write,
         n_helpers,
     )
     return all_moved
@@ -240,14 +242,14 @@ def plan_rows(
     target: npt.NDArray[np.uint8] | None = None,
     target_rows: Words | None = None,
 ) -> tuple[Words, Words, Words, Words]:
-    """Return order, runs, places and sums of rows of one array that are read from a file.
+    """Return order, runs, places and sums of rows of one array, to be read from a file or written.
 
     Parameters
     ----------
     offsets : int64 array (n,)
         Where each row begins in the file, in bytes, in any order; distinct.
     memory : uint8 array (n_rows, row_bytes)
-        Contiguous and writeable.
+        Contiguous, and writeable to be read into.
     rows : int64 array (n,)
         Distinct.
     tails : uint64 array (n, n_words)
@@ -474,7 +476,7 @@ def _move_run(board: Words, run: Words, places: Words) -> int:
             place[1] -= part
             moved -= part
             if place[1] == 0:
-                if board[_EXTEND] != 0:
+                if board[_EXTEND] != 0 and board[_SUM_FIRST] == 0:
                     _sum(board, run[FIRST])
                 run[FIRST] += 1
                 run[N_LEFT] -= 1
@@ -491,6 +493,9 @@ def _work(board_address: int) -> int:
         number = _take_next(board_address + 8 * _NEXT)
         if number >= len(runs):
             break
+        if board[_EXTEND] != 0 and board[_SUM_FIRST] != 0:
+            for buffer in range(runs[number, FIRST], runs[number, FIRST] + runs[number, N_LEFT]):
+                _sum(board, buffer)
         error = _move_run(board, runs[number], places)
         if error != 0:
             runs[number, ERROR] = error
@@ -514,6 +519,7 @@ def _move(
     places: Words,
     sums: Words,
     copies: Words,
+    sum_first: bool,
     n_helpers: int,
 ) -> bool:
     board = np.zeros(BOARD_WORDS, np.int64)
@@ -524,6 +530,7 @@ def _move(
     board[_PLACES], board[_N_PLACES] = places.ctypes.data, len(places)
     board[_START], board[_JOIN] = start, join
     board[_EXTEND], board[_SUMS] = extend, sums.ctypes.data
+    board[_SUM_FIRST] = sum_first
     threads = np.empty(max(n_helpers, 1), np.int64)
     n_started = 0
     # Where the system gives no more threads, fewer do the same work.

@@ -1,0 +1,147 @@
+"""Writeback: pages given slots of the open transaction, written to them, and named.
+
+One part of `tiers.pager.Pager`.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import numpy.typing as npt
+
+from tiers.allocator import BLOCK_BYTES, Allocator
+from tiers.checksum import bound_crcs32c, identity_words
+from tiers.frames import Frames
+from tiers.page_map import (
+    ABSENT_WORD,
+    ALLOCATION,
+    FIRST_SPACE,
+    PageMap,
+    Words,
+    are_private,
+    pack_entries,
+    unpack_entry,
+)
+from tiers.requests import Request
+from tiers.slots import SlotFile
+from tiers.tags import Tags
+
+Indices = npt.NDArray[np.int64]
+
+WRITE_WAVE_PAGES = 4096
+"""Pages in one wave of writes, which nobody waits for page by page."""
+WRITE_ATTEMPTS = 3
+
+
+class Writeback:
+    """The writing side of a pager."""
+
+    store_id: bytes
+    page_bytes: int
+    slots: SlotFile
+    tags: Tags | None
+    has_written_tags: bool
+    map: PageMap
+    allocator: Allocator
+    frames: Frames
+    mutex: threading.Lock
+    counts: dict[str, int]
+
+    def ensure_room(self, requests: list[Request]) -> None:
+        """Make sure that slots and map paths of these pages can be taken. I/O lock held."""
+        n_slots = 0
+        n_blocks = 0
+        for space, pages in requests:
+            tree = FIRST_SPACE + space.number
+            entries = self.map.lookup(tree, pages)
+            fresh = pages[~are_private(entries, self.map.version)]
+            n_slots += len(fresh)
+            n_blocks += self.map.count_private_needed(tree, fresh) if len(fresh) else 0
+        self.allocator.ensure(n_slots, n_blocks + self.allocation_bound(2 * n_slots + 2 * n_blocks))
+
+    def allocation_bound(self, n_changes: int) -> int:
+        """Return the most blocks that so many changes of bitmaps can make private."""
+        n_bitmaps = self.allocator.n_bitmaps + self.allocator.n_cold_groups + 2
+        return 2 * min(n_bitmaps, n_changes) + 2 * self.map.depth(ALLOCATION) + 4
+
+    def make_pages_private(self, requests: list[Request], frames_of: list[Indices]) -> None:
+        """Give each page that has none a slot of this transaction. I/O lock held, room ensured."""
+        for (space, pages), frames in zip(requests, frames_of, strict=True):
+            fresh = ~self.frames.private[frames]
+            if not fresh.any():
+                continue
+            tree = FIRST_SPACE + space.number
+            old = self.map.lookup(tree, pages[fresh])
+            blocks = self.allocator.take_slots(int(fresh.sum()))
+            entries = pack_entries(blocks, self.map.version, np.zeros_like(blocks))
+            self.map.set_entries(tree, pages[fresh], entries)
+            self.free_pages(old[old[:, 0] != ABSENT_WORD])
+            with self.mutex:
+                self.frames.private[frames[fresh]] = True
+                self.frames.cold[frames[fresh]] = False
+                self.frames.dirty[frames[fresh]] = True
+                self.frames.block[frames[fresh]] = blocks
+                self.counts["dirtied"] += int(fresh.sum())
+
+    def free_pages(self, entries: Words) -> None:
+        """Give back the slots that entries name. I/O lock held, room for the bitmaps ensured."""
+        n_blocks = self.page_bytes // BLOCK_BYTES
+        for word0, word1 in entries.tolist():
+            block, version, _ = unpack_entry(word0, word1)
+            self.allocator.give_back(block, n_blocks, version)
+
+    def write_pages(self, frames: Indices) -> None:
+        """Write frames, which nobody changes, to their slots and name them. I/O lock held."""
+        books = self.frames
+        frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
+        for start in range(0, len(frames), WRITE_WAVE_PAGES):
+            wave = frames[start : start + WRITE_WAVE_PAGES]
+            spaces, pages = books.space[wave].astype(np.int64), books.page[wave]
+            crcs = self._write_wave(wave, self._identities(spaces, pages))
+            blocks = books.block[wave]
+            if self.tags is not None:
+                self.has_written_tags = True
+                self.tags.write(blocks, spaces, pages, self.map.version, crcs)
+            entries = pack_entries(blocks, self.map.version, crcs)
+            for number in np.unique(spaces).tolist():
+                chosen = spaces == number
+                self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
+            with self.mutex:
+                books.dirty[wave] = False
+
+    def _identities(self, spaces: Indices, pages: Indices) -> Words:
+        """Return what follows each page in its checksum, uint64 (n, 6)."""
+        names = np.empty((len(pages), 6), np.uint64)
+        for number in np.unique(spaces).tolist():
+            names[spaces == number, :4] = identity_words(self.store_id, FIRST_SPACE + number)
+        names[:, 4], names[:, 5] = pages, self.map.version
+        return names
+
+    def _write_wave(self, frames: Indices, names: Words) -> Indices:
+        """Write frames to their slots, or where the device takes them; return their checksums."""
+        books = self.frames
+        try:
+            return self.slots.write_rows(books.block[frames], books.arena, frames, names)
+        except OSError:
+            for frame in frames.tolist():
+                self._write_page_elsewhere(frame)
+        return bound_crcs32c([books.arena[frame] for frame in frames.tolist()], names)
+
+    def _write_page_elsewhere(self, frame: int) -> None:
+        """Write one page, to another slot where the device refuses one; that one is given up."""
+        for attempt in range(WRITE_ATTEMPTS):
+            try:
+                self.slots.write_blocks([int(self.frames.block[frame])], [self.frames.arena[frame]])
+                return
+            except OSError:
+                if attempt == WRITE_ATTEMPTS - 1:
+                    raise
+                self.allocator.ensure(1, self.allocation_bound(2))
+                block = self.allocator.take_slots(1)
+                self.frames.block[frame] = block[0]
+                self.map.set_entries(
+                    FIRST_SPACE + int(self.frames.space[frame]),
+                    self.frames.page[[frame]],
+                    pack_entries(block, self.map.version, np.zeros_like(block)),
+                )
