@@ -1,4 +1,4 @@
-"""What a commit is made of, against slow twins: bits counted, rows summed and named, rows written."""
+"""What a commit is made of, against slow twins: bits counted, rows summed, named and written."""
 
 import google_crc32c
 import numpy as np

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tiers import Store
 from tiers.errors import CorruptionError, StoreIOError
 from tiers.io_lock import IoLock
+from tiers.loading import Load
 from tiers.testing import FaultDisk
+from tiers.transfer import IN_FLIGHT_AHEAD
 
 PATH = Path("/machine/store")
 PAGE = 4096
@@ -167,6 +171,77 @@ def test_a_writer_waits_for_a_page_that_is_coming(store):
     assert not writing.is_alive()
     store.commit()
     store.check()
+
+
+class Fetching(Reading):
+    def run(self):
+        self.n_fetched = self.store.fetch(self.store.space("a"), np.array(self.pages))
+
+
+def test_a_demand_takes_over_what_a_prefetch_has_not_begun(store):
+    fetching = Fetching(store, 1, 9, 17, 25, 33)  # apart on the device: three parts of two
+    entered(store)
+    demand = Reading(store, 20, 25, 33)
+    entered(store)  # it does not wait for the parts before
+    store.disk.go.release(10)
+    assert demand.end() is None
+    assert fetching.end() is None
+    assert fetching.n_fetched == 3
+    resident = store.space("a").table.pages().tolist()
+    assert resident == [1, 9, 17, 20, 25, 33, N_PAGES - 1]
+    assert store.disk.n_reads == 3
+    store.check()
+
+
+def test_a_demand_waits_for_what_a_prefetch_is_reading(store):
+    fetching = Fetching(store, 1, 9, 17, 25)
+    entered(store)
+    demand = Reading(store, 1, 25)
+    demand.join(0.1)
+    assert demand.is_alive()
+    assert not store.disk.entered.acquire(blocking=False)
+    store.disk.go.release(10)
+    assert demand.end() is None
+    assert fetching.end() is None
+    store.check()
+
+
+def test_a_prefetch_that_fails_leaves_nothing_behind(store):
+    n_free = store.stats()["tiers"]["dram"]["free_frames"]
+    store.disk.failing = OSError(errno.EIO, "planted")
+    with pytest.raises(StoreIOError):
+        threading.current_thread().name, name = "r", threading.current_thread().name
+        store.disk.go.release(10)
+        try:
+            store.fetch(store.space("a"), np.array([1, 9, 17, 25]))
+        finally:
+            threading.current_thread().name = name
+    assert store.stats()["tiers"]["dram"]["free_frames"] == n_free
+    store.disk.failing = None
+    store.disk.is_gated = False
+    read(store, 1, 9, 17, 25)
+    store.check()
+
+
+@given(
+    st.lists(st.integers(-1, 60), min_size=1, max_size=80).filter(
+        lambda blocks: len({b for b in blocks if b >= 0}) == sum(b >= 0 for b in blocks)
+    )
+)
+def test_parts_of_a_load_are_few_runs_and_together_all_of_it(blocks):
+    n = len(blocks)
+    columns = np.arange(n), np.arange(n) + 7, np.array(blocks, np.int64) * 2, np.arange(n)
+    whole = Load(None, *columns, np.zeros((n, 6), np.uint64), 1, -1)
+    parts = whole.parts(2)
+    assert sorted(page for part in parts for page in part.pages.tolist()) == list(range(n))
+    for part in parts:
+        assert len(part.pages)
+        assert (np.diff(part.pages) > 0).all()
+        assert (part.frames == part.pages + 7).all()
+        assert (part.blocks == whole.blocks[part.pages]).all()
+        stored = np.sort(part.blocks[part.blocks >= 0])
+        n_runs = 1 + int((np.diff(stored) != 2).sum()) if len(stored) else 0
+        assert n_runs <= IN_FLIGHT_AHEAD
 
 
 def test_frames_of_a_failed_read_are_free_again(store):

@@ -3,6 +3,9 @@
 Three steps. *Begin*, with the I/O lock: frames are found, and where the pages lie is written down.
 *Read*, without a lock: the device, and the checksums. *Publish*, with the mutex: page tables name
 the frames. In between the pages are *coming*: whoever else wants one waits for it, reading nothing.
+
+What is read ahead is read in small parts. A demand takes out of them what is not being read yet, so
+it waits for two transfers at most.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
-from tiers.allocator import COLD_BLOCK
+from tiers.allocator import BLOCK_BYTES, COLD_BLOCK
 from tiers.checksum import identity_words
 from tiers.disk import Bytes
 from tiers.errors import ClaimTooLargeError, TierError
@@ -23,12 +27,12 @@ from tiers.page_map import ABSENT_WORD, FIRST_SPACE, Words
 from tiers.pager import WAVE_PAGES, Indices, Pager
 from tiers.requests import Request
 from tiers.space import Space
-from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD, Copies, copy_rows
+from tiers.transfer import IN_FLIGHT, IN_FLIGHT_AHEAD, RUN_BUFFERS_MAX, Copies, copy_rows
 
 _NOTHING: Indices = np.empty(0, np.int64)
 
 
-class Load(NamedTuple):
+class Load:
     """Pages of one space, and the frames that were taken for them.
 
     Attributes
@@ -39,23 +43,64 @@ class Load(NamedTuple):
         Where each lies, -1 where it has no slot, and its checksum.
     names : uint64 array (n, 6)
         What follows each page in its checksum.
-    n_absent : int
-        How many have no slot.
     version : int
         Of the open transaction.
     place : int
         Which request demands them, -1 if none does.
     """
 
-    space: Space
-    pages: Indices
-    frames: Indices
-    blocks: Indices
-    crcs: Indices
-    names: Words
-    n_absent: int
-    version: int
-    place: int
+    __slots__ = ("blocks", "crcs", "frames", "names", "pages", "place", "space", "version")
+
+    def __init__(
+        self,
+        space: Space,
+        pages: Indices,
+        frames: Indices,
+        blocks: Indices,
+        crcs: Indices,
+        names: Words,
+        version: int,
+        place: int,
+    ) -> None:
+        self.space = space
+        self.pages = pages
+        self.frames = frames
+        self.blocks = blocks
+        self.crcs = crcs
+        self.names = names
+        self.version = version
+        self.place = place
+
+    def part(self, chosen: npt.NDArray[np.generic]) -> Load:
+        """Return some of it, by indices or by a mask."""
+        return Load(
+            self.space,
+            self.pages[chosen],
+            self.frames[chosen],
+            self.blocks[chosen],
+            self.crcs[chosen],
+            self.names[chosen],
+            self.version,
+            self.place,
+        )
+
+    def keep(self, mask: npt.NDArray[np.bool_]) -> None:
+        """Leave out the others."""
+        self.pages, self.frames = self.pages[mask], self.frames[mask]
+        self.blocks, self.crcs = self.blocks[mask], self.crcs[mask]
+        self.names = self.names[mask]
+
+    def parts(self, blocks_a_page: int) -> list[Load]:
+        """Return it in pieces of `IN_FLIGHT_AHEAD` runs of neighbours on the device."""
+        order = np.argsort(self.blocks, kind="stable")
+        blocks = self.blocks[order]
+        is_next = (blocks[1:] == blocks[:-1] + blocks_a_page) | (blocks[1:] < 0)
+        starts = [0]
+        for i, joined in enumerate(is_next.tolist(), start=1):
+            if not joined or i - starts[-1] == RUN_BUFFERS_MAX:
+                starts.append(i)
+        bounds = [*starts[::IN_FLIGHT_AHEAD], len(order)]
+        return [self.part(np.sort(order[a:b])) for a, b in pairwise(bounds)]
 
 
 class Fault:
@@ -119,6 +164,8 @@ class Loading:
         self._pager = pager
         self._io = io
         self._coming: dict[int, set[int]] = {}
+        # Of `Fault.ahead`, all that nobody has begun to read: a demand may take pages out of it.
+        self._not_begun: list[Load] = []
 
     def begin(self, fault: Fault, requests: Sequence[Request]) -> bool:
         """Pin what is in memory, and plan to bring in the rest. I/O lock held.
@@ -150,7 +197,7 @@ class Loading:
                     n_absent = self._books.n_absent(of_pages)
                     if n_absent:
                         absent = pages if n_absent == len(pages) else pages[of_pages < 0]
-                        if self._are_coming(space, absent):
+                        if self._are_coming(space, absent) and not self._take_over(space, absent):
                             return False
                         missing.append((place, space, absent))
                         n_missing += n_absent
@@ -201,8 +248,9 @@ class Loading:
             with pager.mutex:
                 pager.frames.return_free(frames)
             raise
-        fault.ahead.append(load)
-        self._announce(fault, [load])
+        parts = load.parts(pager.page_bytes // BLOCK_BYTES)
+        fault.ahead.extend(parts)
+        self._announce(fault, parts)
 
     def finish(self, fault: Fault) -> list[Indices]:
         """Read what `begin` planned; return the frames of each request, pinned.
@@ -225,7 +273,10 @@ class Loading:
         n_pages = 0
         while fault.ahead:
             load = fault.ahead[0]
-            self._read(load, IN_FLIGHT_AHEAD)
+            with pager.mutex:
+                self._not_begun.remove(load)
+            if len(load.pages):
+                self._read(load, IN_FLIGHT_AHEAD)
             with pager.mutex:
                 self._publish(load)
                 pager.frames.prefetched[load.frames] = True
@@ -246,11 +297,27 @@ class Loading:
                     for load in (*fault.loads, *fault.ahead):
                         self._coming[load.space.number].difference_update(load.pages.tolist())
                         pager.frames.return_free(load.frames)
+                        if load in self._not_begun:
+                            self._not_begun.remove(load)
                     fault.loads.clear()
                     fault.ahead.clear()
                     pager.released.notify_all()
         finally:
             self._io.end_read(fault)
+
+    def _take_over(self, space: Space, pages: Indices) -> bool:
+        """Take pages out of what is to be read ahead and was not begun; they are demanded now.
+
+        Mutex held. Returns whether none of them is coming any more.
+        """
+        for load in self._not_begun:
+            if load.space is space:
+                is_wanted = np.isin(load.pages, pages)
+                if is_wanted.any():
+                    self._coming[space.number].difference_update(load.pages[is_wanted].tolist())
+                    self._pager.frames.return_free(load.frames[is_wanted])
+                    load.keep(~is_wanted)
+        return not self._are_coming(space, pages)
 
     def wait_for_others(self, requests: Sequence[Request]) -> None:
         """Wait while other threads bring in one of these pages."""
@@ -272,6 +339,8 @@ class Loading:
                 for load in loads:
                     coming = self._coming.setdefault(load.space.number, set())
                     coming.update(load.pages.tolist())
+                    if load.place < 0:
+                        self._not_begun.append(load)
 
     def _plan(
         self, fault: Fault, space: Space, pages: Indices, frames: Indices, place: int
@@ -280,13 +349,13 @@ class Loading:
         tree = FIRST_SPACE + space.number
         blocks, crcs = np.empty((2, len(pages)), np.int64)
         names = np.empty((len(pages), 6), np.uint64)
-        n_absent = self._books.unpack(
+        self._books.unpack(
             *(pager.map.lookup(tree, pages), pages, identity_words(pager.store_id, tree)),
             *(blocks, crcs, names),
         )
         if pager.allocator.n_cold_groups and len(blocks):
             fault.is_cold |= int(blocks.max()) >= COLD_BLOCK
-        return Load(space, pages, frames, blocks, crcs, names, n_absent, pager.map.version, place)
+        return Load(space, pages, frames, blocks, crcs, names, pager.map.version, place)
 
     def _read_demanded(self, fault: Fault) -> None:
         pager = self._pager
@@ -314,7 +383,8 @@ class Loading:
         """
         pager = self._pager
         arena = pager.frames.arena
-        pages, frames, blocks, crcs, names = load[1:6]
+        pages, frames, blocks = load.pages, load.frames, load.blocks
+        crcs, names = load.crcs, load.names
         target = None if fault is None else fault.target
         held = places = read_places = _NOTHING
         if fault is not None and target is not None:
@@ -322,8 +392,8 @@ class Loading:
             places = np.flatnonzero(frames_of >= 0)
             held = frames_of[places]
             read_places = np.flatnonzero(frames_of < 0)
-        if load.n_absent:
-            absent = blocks < 0
+        absent = blocks < 0
+        if absent.any():
             for page, frame in zip(pages[absent].tolist(), frames[absent].tolist(), strict=True):
                 load.space.fill_initial(page, arena[frame])
             if target is not None:
