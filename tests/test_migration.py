@@ -627,6 +627,9 @@ def test_everything_at_once_with_a_daemon_and_resizes(tmp_path):
         # memory, so that the daemon still promotes is seen once they have ended.
         stop.clear()
         store.resize(sizes[0])
+        # With frames to spare nothing would come into CXL memory.
+        for page in range(N_PAGES):
+            read(store, space, page)
         n_promoted = moves()["promoted"]
         favourites = threading.Thread(target=guarded, args=(tasks[5],), daemon=True)
         favourites.start()

@@ -25,7 +25,7 @@ def test_rounds_keep_to_their_cap():
     figures = run("zipf", Migration(interval_s=None, bytes_per_s=5e6, burst_bytes=1 << 20))
     assert figures.bytes_moved > 0
     # A step may end over what was left for it.
-    assert figures.most_over_bytes <= 3 * tiers.migration.STEP_BYTES
+    assert figures.most_over_bytes <= 3 * tiers.migration.COPY_STEP_BYTES
 
 
 def test_a_virtual_run_repeats():
@@ -37,7 +37,8 @@ def test_a_virtual_run_repeats():
 
 
 def test_a_round_in_one_step_makes_demands_wait(monkeypatch):
-    monkeypatch.setattr(tiers.migration, "STEP_BYTES", 64 << 20)
+    for name in ("COPY_STEP_BYTES", "WRITE_STEP_BYTES"):
+        monkeypatch.setattr(tiers.migration, name, 64 << 20)
     with pytest.raises(AssertionError):
         test_demands_take_hardly_longer_beside_rounds("zipf")
 

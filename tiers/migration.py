@@ -31,8 +31,8 @@ from tiers.frames import Tier
 from tiers.pager import Indices, Pager
 from tiers.watermarks import Migration, n_swaps
 
-STEP_BYTES = 128 << 10
-"""Moved before claims that wait for their pages have their turn."""
+COPY_STEP_BYTES, WRITE_STEP_BYTES = 512 << 10, 128 << 10
+"""Copied in memory, or written, before claims that wait for their pages have their turn."""
 PATIENCE_S = 0.02
 """How long a step lets claims go first that wait for pages; where they never end it must go on."""
 
@@ -111,18 +111,18 @@ class Migrator:
         before = dict(self._pager.counts)
         self._step(self._begin_round)
         for tier in (Tier.CXL, Tier.DRAM):
-            self._in_steps(partial(self._free_frames, tier), self._n_to_free(tier))
-        self._in_steps(self._promote, self.parameters.pages_max)
-        self._in_steps(self._write_ahead, self.parameters.pages_max)
+            self._in_steps(partial(self._free_frames, tier), self._n_to_free(tier), COPY_STEP_BYTES)
+        self._in_steps(self._promote, self.parameters.pages_max, COPY_STEP_BYTES)
+        self._in_steps(self._write_ahead, self.parameters.pages_max, WRITE_STEP_BYTES)
         self._step(self._forget)
         self._cool()
         counts = self._pager.counts
         names = ("demoted", "promoted", "evictions", "written_ahead")
         return Moves(*(counts[name] - before[name] for name in names))
 
-    def _in_steps(self, act: Callable[[int], int], n_pages: int) -> None:
+    def _in_steps(self, act: Callable[[int], int], n_pages: int, step_bytes: int) -> None:
         """Let so many pages move, a few at a time: a demand that comes waits for those at most."""
-        most = max(1, STEP_BYTES // self._pager.page_bytes)
+        most = max(1, step_bytes // self._pager.page_bytes)
         while n_pages > 0:
             n_asked = min(n_pages, most)
             if self._step(partial(act, n_asked)) < n_asked:
