@@ -5,8 +5,8 @@ Three measures, each with its own ratio:
     scattered   of a store with --pages pages (a real map, holes for slots), so many scattered pages
                 are changed; timed is `commit`: their bytes, tags, map nodes, two syncs
     one         the same for a single page, many times
-    sequential  --mib MiB are written in order, in commits of 256 MiB; timed is all of it, claims
-                and copies included
+    sequential  --mib MiB are written in order by `Store.write`, 4 and 15 MiB a call, and through
+                claims of 4 MiB, in commits of 256 MiB; timed is all of it, copies included
 
 The other side writes as many pages to the same places of another file of the same kind (in order
 for `sequential`) through the same disk layer, 8 in flight, past the page cache, and calls fdatasync
@@ -25,6 +25,8 @@ import argparse
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,7 @@ from tiers import OsDisk, Store
 from tiers.allocator import BLOCK_BYTES
 from tiers.disk import Disk, File, aligned_buffer
 from tiers.page_map import FIRST_SPACE, blocks_of
+from tiers.space import Space
 
 N_SINGLES = 200
 N_SINGLES_WARM = 10
@@ -125,33 +128,54 @@ def _write_raw(disk: Disk, file: File, offsets: list[int]) -> float:
 
 def _sequential(directory: Path, mib: int, n_rounds: int) -> None:
     n_pages = (mib << 20) // PAGE_BYTES
-    taken: dict[str, list[float]] = {"store": [], "raw": []}
-    for number in range(n_rounds):
-        taken["store"].append(_write_store(directory / f"sequential{number}", n_pages))
-        shutil.rmtree(directory / f"sequential{number}")
-        taken["raw"].append(_write_plain(directory / f"plain{number}", n_pages))
-        (directory / f"plain{number}").unlink()
+    ways = {
+        "plain": _write_plain,
+        "Store.write": partial(_write_store, write=_write_pages, batch_pages=WAVE_PAGES),
+        "Store.write of 15 MiB": partial(_write_store, write=_write_pages, batch_pages=240),
+        "claims": partial(_write_store, write=_write_claim, batch_pages=WAVE_PAGES),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(n_rounds):
+        for name, way in ways.items():
+            path = directory / "sequential"
+            taken[name].append(way(path, n_pages))
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     speed = {name: mib / float(np.median(times)) for name, times in taken.items()}
-    print(
-        f"sequential, {mib:,} MiB in commits of 256 MiB: store {speed['store']:,.0f} MiB/s, plain "
-        f"{speed['raw']:,.0f} MiB/s, ratio {speed['store'] / speed['raw']:.2f}",
-        flush=True,
-    )
+    print(f"sequential, {mib:,} MiB in commits of 256 MiB: plain {speed['plain']:,.0f} MiB/s")
+    for name in list(ways)[1:]:
+        ratio = speed[name] / speed["plain"]
+        print(f"    {name}: {speed[name]:,.0f} MiB/s, ratio {ratio:.2f}", flush=True)
 
 
-def _write_store(path: Path, n_pages: int) -> float:
-    content = np.random.default_rng(1).integers(0, 256, (WAVE_PAGES, PAGE_BYTES), np.uint8)
+def _write_store(
+    path: Path,
+    n_pages: int,
+    write: Callable[[Store, Space, np.ndarray, np.ndarray], None],
+    batch_pages: int,
+) -> float:
+    contents = np.random.default_rng(1).integers(0, 256, (batch_pages, PAGE_BYTES), np.uint8)
     began = time.perf_counter()
     with Store.create(path, "64MiB", page_size=PAGE_BYTES) as store:
         space = store.create_space("pages", dtype="uint8", row_width=PAGE_BYTES, n_rows=n_pages)
-        for first in range(0, n_pages, WAVE_PAGES):
-            pages = np.arange(first, min(first + WAVE_PAGES, n_pages))
-            with store.claim([(space, pages)], write=True) as claim:
-                store.arena[claim.frames[0]] = content[: len(pages)]
-            if (first + WAVE_PAGES) % SEQUENTIAL_COMMIT_PAGES == 0:
+        n_uncommitted = 0
+        for first in range(0, n_pages, batch_pages):
+            pages = np.arange(first, min(first + batch_pages, n_pages))
+            write(store, space, pages, contents[: len(pages)])
+            n_uncommitted += len(pages)
+            if n_uncommitted + batch_pages > SEQUENTIAL_COMMIT_PAGES:
                 store.commit()
+                n_uncommitted = 0
         store.commit()
     return time.perf_counter() - began
+
+
+def _write_pages(store: Store, space: Space, pages: np.ndarray, contents: np.ndarray) -> None:
+    store.write(space, pages, contents)
+
+
+def _write_claim(store: Store, space: Space, pages: np.ndarray, contents: np.ndarray) -> None:
+    with store.claim([(space, pages)], write=True) as claim:
+        store.arena[claim.frames[0]] = contents
 
 
 def _write_plain(path: Path, n_pages: int) -> float:

@@ -82,7 +82,7 @@ def test_an_image_that_is_not_opened_reads_as_one_that_was(monkeypatch, seed):
     monkeypatch.setattr(FaultDisk, "size", watched_size)
     # The one thing that is drawn, where a store is created anew.
     monkeypatch.setattr("uuid.uuid4", lambda: uuid.UUID(int=7))
-    known = set()
+    known, known_alike = set(), set()
     for (k, image), outcome in zip(images, outcomes, strict=True):
         cut = check._cuts.choose(k, np.random.default_rng(image))
         for number in recording.allowed(k) or [None]:
@@ -94,9 +94,12 @@ def test_an_image_that_is_not_opened_reads_as_one_that_was(monkeypatch, seed):
             with Store.open("/machine/store", "1536KiB", disk=disk) as store:
                 if recording.states[number].difference(store) is None:
                     break
-        course = hash((number, *answers))
-        assert outcome.is_distinct == (course not in known)
+        # Where a commit changed nothing, two numbers stand for one state.
+        first = None if number is None else recording.states.index(recording.states[number])
+        course, alike = hash((number, *answers)), hash((first, *answers))
+        assert course not in known if outcome.is_distinct else alike in known_alike
         known.add(course)
+        known_alike.add(alike)
     assert 0 < sum(outcome.is_distinct for outcome in outcomes) < 100
     assert not all(outcome.is_opened for outcome in outcomes)
 

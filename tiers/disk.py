@@ -218,11 +218,14 @@ class OsDisk:
         rows: Words,
         tails: npt.NDArray[np.uint64] | None,
         *,
+        contents: Bytes | None = None,
         in_flight: int = IN_FLIGHT,
     ) -> Words | None:
         """Write rows of an array, return crc32c of each with its tail; `Transfers.write_rows`."""
         assert isinstance(file, OsFile)
-        return self._transfers.write_rows(file, offsets, memory, rows, tails, in_flight=in_flight)
+        return self._transfers.write_rows(
+            file, offsets, memory, rows, tails, contents=contents, in_flight=in_flight
+        )
 
     def allocate(self, file: File, size_bytes: int) -> None:
         descriptor = _descriptor(file)

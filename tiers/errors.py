@@ -23,6 +23,10 @@ class PageIndexError(TierError, IndexError):
     """A page list is not int64, strictly ascending and inside its space."""
 
 
+class ContentError(TierError, ValueError):
+    """An array is not what pages of a space hold."""
+
+
 class ClaimTooLargeError(TierError):
     """One claim needs more frames than the budget has; split the batch.
 

@@ -131,6 +131,8 @@ class Pager(Writeback):
         tops = {number: root.trees[name] for name, number in TREE_NUMBERS.items()}
         self.map.begin(version, tops, depths)
         self.has_written_tags = False
+        if self.tags is not None:
+            self.tags.forget_noted()
 
     # Spaces
 

@@ -238,10 +238,12 @@ class SlotFile:
         memory: Bytes,
         rows: Words,
         identities: npt.NDArray[np.uint64] | None = None,
+        contents: Bytes | None = None,
     ) -> Words:
         """Write rows of `memory` from these blocks on; return crc32c bound to their identities.
 
-        Zeros without identities. Durable after `sync`.
+        Zeros without identities. Rows are filled with `contents` before, if given. Durable after
+        `sync`.
 
         Raises
         ------
@@ -251,13 +253,17 @@ class SlotFile:
         write_rows = getattr(self._disk, "write_rows", None)
         if write_rows is not None:
             try:
-                sums = write_rows(self.file, blocks * BLOCK_BYTES, memory, rows, identities)
+                sums = write_rows(
+                    *(self.file, blocks * BLOCK_BYTES, memory, rows, identities), contents=contents
+                )
             except OSError as refused:
                 raise _typed(refused, f"writing {self.file.path}") from refused
             if sums is not None:
                 self.bytes_written += len(rows) * memory.shape[1]
                 found: Words = sums
                 return found
+        if contents is not None:
+            fill_rows(memory, rows, contents)
         buffers = [memory[row] for row in rows.tolist()]
         crcs = (
             np.zeros(len(rows), np.int64)
@@ -306,6 +312,12 @@ class SlotFile:
 
     def close(self) -> None:
         self._disk.close(self.file)
+
+
+def fill_rows(memory: Bytes, rows: Words, contents: Bytes) -> None:
+    """Fill rows of an array with contents, uint8 (n, n_bytes), and zeros behind them."""
+    memory[rows, : contents.shape[1]] = contents
+    memory[rows, contents.shape[1] :] = 0
 
 
 def _typed(refused: OSError, action: str) -> StoreFullError | StoreIOError:

@@ -9,7 +9,8 @@
     bytes 24 .. 27   crc32c of the page, as in its map entry
     bytes 28 .. 31   zero
 
-A tag is written with its page and synced with the commit; it is never read but for a salvage. It
+A tag is noted with its page, written before the commit, which syncs it; it is never read but for a
+salvage. It
 outlives its page: what a tag says is believed only if its version was committed and no newer one
 names the same page, and the page passes its checksum.
 """
@@ -43,7 +44,9 @@ _FIELDS = np.dtype(
     ]
 )
 TAGS_A_BLOCK = BLOCK_BYTES // TAG_BYTES
-CACHED_BLOCKS = 16
+CACHED_BLOCKS = 10
+NOTED_MAX = 600
+"""So many tags are written at once, even long before the commit."""
 Columns = npt.NDArray[np.int64]
 PAGES_MAX = 1 << 63
 SWEEP_BLOCKS = 256
@@ -81,7 +84,7 @@ class Tags:
         Memory that the cache of tag blocks takes.
     """
 
-    size_bytes = CACHED_BLOCKS * BLOCK_BYTES
+    size_bytes = CACHED_BLOCKS * BLOCK_BYTES + NOTED_MAX * 40
 
     def __init__(self, slots: SlotFile, store_id: bytes) -> None:
         # Here, because it imports numba.
@@ -94,11 +97,12 @@ class Tags:
         self._memory = aligned_buffer(CACHED_BLOCKS, BLOCK_BYTES)
         self._free = list(range(CACHED_BLOCKS))
         self._cached: OrderedDict[int, int] = OrderedDict()
+        self._noted: list[Columns] = []
 
-    def write(
+    def note(
         self, blocks: Columns, spaces: Columns, pages: Columns, version: int, crcs: Columns
     ) -> None:
-        """Write tags over those of the same slots; durable after the page file's sync.
+        """Remember tags, to be written over those of the same slots by `write_noted`.
 
         Parameters
         ----------
@@ -109,9 +113,36 @@ class Tags:
         Raises
         ------
         StoreIOError, StoreFullError
-            If the operating system refuses.
+            If there were many and the operating system refuses to write them; they are remembered.
         """
-        tags = self._encoded(blocks, spaces, pages, version, crcs)
+        versions = np.full_like(blocks, version)
+        self._noted.append(np.stack([blocks, spaces, pages, versions, crcs]))
+        if sum(columns.shape[1] for columns in self._noted) >= NOTED_MAX:
+            self.write_noted()
+
+    def forget_noted(self) -> None:
+        """Leave out what was noted since it was last written."""
+        self._noted.clear()
+
+    def write_noted(self) -> None:
+        """Write what was noted; durable after the page file's sync.
+
+        Raises
+        ------
+        StoreIOError, StoreFullError
+            If the operating system refuses; it is still noted.
+        """
+        if not self._noted:
+            return
+        columns = np.concatenate(self._noted, axis=1)
+        # Of the tags of one slot the last one counts.
+        _, last = np.unique(columns[0, ::-1], return_index=True)
+        blocks, *rest = columns[:, columns.shape[1] - 1 - last]
+        tags = self._encoded(blocks, *rest)
+        self._write(blocks, tags)
+        self._noted.clear()
+
+    def _write(self, blocks: Columns, tags: Bytes) -> None:
         tag_blocks, offsets = self._places(blocks)
         rows = offsets // TAG_BYTES
         todo = np.unique(tag_blocks).tolist()
@@ -138,7 +169,11 @@ class Tags:
                     yield tag
 
     def clear(self, versions: Sequence[Range], file_blocks: int) -> None:
-        """Blot out the tags of these versions; durable after the page file's sync."""
+        """Blot out the tags of these versions; durable after the page file's sync.
+
+        What is noted must have been written.
+        """
+        assert not self._noted
         self._forget(list(self._cached))
         for block, content in self._all_blocks(file_blocks):
             fields = content.view(np.uint64).reshape(TAGS_A_BLOCK, TAG_BYTES // 8)
@@ -199,11 +234,11 @@ class Tags:
             self._free.append(self._cached.pop(block))
 
     def _encoded(
-        self, blocks: Columns, spaces: Columns, pages: Columns, version: int, crcs: Columns
+        self, blocks: Columns, spaces: Columns, pages: Columns, versions: Columns, crcs: Columns
     ) -> Bytes:
         """Return tags, uint8 (n, 32)."""
         tags = np.zeros(len(blocks), _FIELDS)
-        tags["space"], tags["page"], tags["version"] = spaces, pages, version
+        tags["space"], tags["page"], tags["version"] = spaces, pages, versions
         tags["page_crc"] = crcs
         raw = tags.view(np.uint8).reshape(-1, TAG_BYTES)
         # What `_decode` sums: the tag without its checksum, and where it belongs.

@@ -273,6 +273,8 @@ class Transaction:
             self.begin_change()
             self._reserve_pieces(len(content))
             pager.write_pages(np.flatnonzero(pager.frames.dirty))
+            if pager.tags is not None:
+                pager.tags.write_noted()
         with self._condition.poisoning("commit"):
             self._write_catalogue(content)
             allocator.settle()

@@ -276,7 +276,9 @@ class Transfers:
                 *planned, copies.crcs, copies.target, copies.read_places
             )
             if len(copies.rows):
-                meanwhile = wave.plan_copies(memory, copies.rows, copies.target, copies.places)
+                from tiers.copies import plan_copies
+
+                meanwhile = plan_copies(memory, copies.rows, copies.target, copies.places)
         _move_in_wave(
             *(calls, file, runs, places),
             write=False,
@@ -296,6 +298,7 @@ class Transfers:
         rows: Words,
         tails: npt.NDArray[np.uint64] | None,
         *,
+        contents: Bytes | None = None,
         in_flight: int = IN_FLIGHT,
     ) -> Words | None:
         """Write rows of one array and sum each, in the threads that write them.
@@ -311,6 +314,8 @@ class Transfers:
             Which rows are written.
         tails : uint64 array (n, n_words) or None
             What follows each row in its checksum; nothing is summed without.
+        contents : uint8 array (n, n_bytes), optional
+            With tails: what the rows are filled with before, and zeros behind it. Contiguous.
         in_flight : int
 
         Returns
@@ -330,16 +335,27 @@ class Transfers:
         from tiers import wave
 
         _require_flight(in_flight)
-        if not memory.flags.c_contiguous:
-            raise ValueError("memory must be contiguous")
+        if not memory.flags.c_contiguous or not (contents is None or contents.flags.c_contiguous):
+            raise ValueError("memory and contents must be contiguous")
         by_place = np.argsort(offsets, kind="stable")
         chosen = np.empty((len(rows), 0), np.uint64) if tails is None else tails[by_place]
         run_buffers_max = max(RUN_BUFFERS_MAX, RUN_BYTES_MIN // memory.shape[1])
         _, runs, places, sums = wave.plan_rows(
             offsets[by_place], memory, rows[by_place], chosen, run_buffers_max
         )
-        summed = None if tails is None else sums
-        _move_in_wave(calls, file, runs, places, write=True, in_flight=in_flight, sums=summed)
+        sources = None
+        if contents is not None:
+            assert tails is not None and memory.flags.writeable
+            sources = np.empty((len(rows), 2), np.int64)
+            sources[:, 0] = contents.ctypes.data + by_place * contents.shape[1]
+            sources[:, 1] = contents.shape[1]
+        _move_in_wave(
+            *(calls, file, runs, places),
+            write=True,
+            in_flight=in_flight,
+            sums=None if tails is None else sums,
+            sources=sources,
+        )
         crcs = np.empty(len(rows), np.int64)
         crcs[by_place] = sums[:, wave.CRC]
         return crcs
@@ -355,9 +371,9 @@ class Transfers:
 def copy_rows(memory: Bytes, rows: Words, target: Bytes, places: Words) -> None:
     """Copy rows of one contiguous array to places of another, without the GIL where possible."""
     if "numba" in sys.modules:
-        from tiers import wave
+        from tiers import copies
 
-        wave.copy_rows(memory, rows, target, places)
+        copies.copy_rows(memory, rows, target, places)
         return
     for row, place in zip(rows.tolist(), places.tolist(), strict=True):
         target[place] = memory[row]
@@ -401,6 +417,7 @@ def _move_in_wave(
     in_flight: int,
     sums: Words | None = None,
     copies: Words | None = None,
+    sources: Words | None = None,
 ) -> None:
     from tiers import wave
 
@@ -412,6 +429,7 @@ def _move_in_wave(
             in_flight=in_flight,
             sums=sums,
             copies=copies,
+            sources=sources,
         ):
             return
         copies = None

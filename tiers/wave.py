@@ -19,7 +19,8 @@ The system's functions are addresses in a table (`Calls`): a test puts its own t
 
 A thread that has filled a buffer sums it at once, while it is still in the processor's cache and
 the others read on: checksums of a batch, and copies for its reader, cost next to nothing beside its
-reads. What is written is summed before, by the thread that is about to write it.
+reads. What is written is filled from elsewhere, if asked, and summed before, by the thread that is
+about to write it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from tiers.compiled import Compiler
+from tiers.copies import COPY_WORDS, copy_all, copy_bytes
 
 Words = npt.NDArray[np.int64]
 
@@ -64,17 +66,14 @@ RUN_WORDS = 4
     _EXTEND,
     _SUMS,
     _SUM_FIRST,
-) = range(14)
-BOARD_WORDS = 14
+    _SOURCES,
+) = range(15)
+BOARD_WORDS = 15
 
 ADDRESS, SIZE, TAIL, TAIL_SIZE, CRC, EXPECTED, TARGET = range(7)
 SUM_WORDS = 7
-COPY_WORDS = 3
 
 _PLACE_BYTES = 16
-_COPY_BYTES = 2048
-"""Copied in one step. Longer steps may be one string instruction, which some processors run five
-times slower to 16 bytes beyond the place within a page that is copied from (glibc bug 30994)."""
 _EINTR = errno.EINTR
 _CHECK = 0xE3069283
 """crc32c of the digits 1 to 9, as RFC 3720 and every list of checksums have it."""
@@ -143,6 +142,7 @@ def move(
     in_flight: int,
     sums: Words | None = None,
     copies: Words | None = None,
+    sources: Words | None = None,
 ) -> bool:
     """Move runs of buffers, `in_flight` at a time, in the order in which they are listed.
 
@@ -169,6 +169,9 @@ def move(
         to, 0 for nowhere. `calls` has a function for it then.
     copies : int64 array (n_copies, 3), optional
         Addresses from and to which bytes are copied while the others read, and how many.
+    sources : int64 array (n_buffers, 2), optional
+        With `sums`, of a write: address and size of what each buffer is filled with before, the
+        rest of it with zeros; the caller keeps it alive.
 
     Returns
     -------
@@ -194,6 +197,8 @@ def move(
         sums,
         _NO_COPIES if copies is None else copies,
         write,
+        _NO_SUMS if sources is None else sources,
+        sources is not None,
         n_helpers,
     )
     return all_moved
@@ -201,35 +206,6 @@ def move(
 
 _NO_SUMS: Words = np.zeros((1, SUM_WORDS), np.int64)
 _NO_COPIES: Words = np.zeros((0, COPY_WORDS), np.int64)
-
-
-def copy_rows(
-    source: npt.NDArray[np.uint8], rows: Words, target: npt.NDArray[np.uint8], places: Words
-) -> None:
-    """Copy rows of one array to places of another; both are contiguous, of the same width.
-
-    Raises
-    ------
-    ValueError
-        If a row or a place is none.
-    """
-    _copy_all(plan_copies(source, rows, target, places))
-
-
-def plan_copies(
-    source: npt.NDArray[np.uint8], rows: Words, target: npt.NDArray[np.uint8], places: Words
-) -> Words:
-    """Return the copies of rows of one array to places of another, for `move`.
-
-    Raises
-    ------
-    ValueError
-        If a row or a place is none.
-    """
-    copies = np.empty((len(rows), COPY_WORDS), np.int64)
-    if not _plan_copies(source, rows, target, places, copies):
-        raise ValueError(f"rows {rows} of {len(source)} to {places} of {len(target)}")
-    return copies
 
 
 def plan_rows(
@@ -379,52 +355,6 @@ def _join_thread(typing_context: Any, join: Any, thread: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-@intrinsic
-def _copy_step(typing_context: Any, source: Any, target: Any, size: Any) -> Any:
-    """Copy bytes from one address to another that does not overlap."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.IntType(8).as_pointer()
-        from_, to = (builder.inttoptr(arg, kind) for arg in args[:2])
-        copy = builder.module.declare_intrinsic("llvm.memcpy", [kind, kind, _WORD])
-        builder.call(copy, [to, from_, args[2], ir.IntType(1)(0)])
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@compiled
-def _copy(source: int, target: int, size: int) -> None:
-    """Copy bytes, in steps of a few kilobytes."""
-    for start in range(0, size, _COPY_BYTES):
-        _copy_step(source + start, target + start, min(_COPY_BYTES, size - start))
-
-
-@compiled
-def _copy_all(copies: Words) -> None:
-    for copy in copies:
-        _copy(copy[0], copy[1], copy[2])
-
-
-@compiled
-def _plan_copies(
-    source: npt.NDArray[np.uint8],
-    rows: Words,
-    target: npt.NDArray[np.uint8],
-    places: Words,
-    copies: Words,
-) -> bool:
-    """Fill `copies`; return whether every row and place is one."""
-    row_bytes = source.shape[1]
-    for i in range(len(rows)):
-        if not (0 <= rows[i] < len(source) and 0 <= places[i] < len(target)):
-            return False
-        copies[i, 0] = source.ctypes.data + row_bytes * rows[i]
-        copies[i, 1] = target.ctypes.data + row_bytes * places[i]
-        copies[i, 2] = row_bytes
-    return bool(target.shape[1] == row_bytes)
-
-
 @compiled
 def _plan_targets(
     target: npt.NDArray[np.uint8], target_rows: Words, crcs: Words, order: Words, sums: Words
@@ -447,7 +377,17 @@ def _sum(board: Words, buffer: int) -> None:
     crc = _extend(board[_EXTEND], 0, sums[ADDRESS], sums[SIZE])
     sums[CRC] = _extend(board[_EXTEND], crc, sums[TAIL], sums[TAIL_SIZE])
     if sums[TARGET] != 0 and sums[CRC] == sums[EXPECTED]:
-        _copy(sums[ADDRESS], sums[TARGET], sums[SIZE])
+        copy_bytes(sums[ADDRESS], sums[TARGET], sums[SIZE])
+
+
+@compiled
+def _fill(board: Words, buffer: int) -> None:
+    """Copy into a buffer what it is to hold, and zeros behind that."""
+    sums = carray(_pointer(board[_SUMS] + 8 * SUM_WORDS * buffer), (SUM_WORDS,), np.int64)
+    source = carray(_pointer(board[_SOURCES] + 16 * buffer), (2,), np.int64)
+    copy_bytes(source[ADDRESS], sums[ADDRESS], source[SIZE])
+    rest = carray(_pointer(sums[ADDRESS] + source[SIZE]), (sums[SIZE] - source[SIZE],), np.uint8)
+    rest[:] = 0
 
 
 @compiled
@@ -495,6 +435,8 @@ def _work(board_address: int) -> int:
             break
         if board[_EXTEND] != 0 and board[_SUM_FIRST] != 0:
             for buffer in range(runs[number, FIRST], runs[number, FIRST] + runs[number, N_LEFT]):
+                if board[_SOURCES] != 0:
+                    _fill(board, buffer)
                 _sum(board, buffer)
         error = _move_run(board, runs[number], places)
         if error != 0:
@@ -520,6 +462,8 @@ def _move(
     sums: Words,
     copies: Words,
     sum_first: bool,
+    sources: Words,
+    has_sources: bool,
     n_helpers: int,
 ) -> bool:
     board = np.zeros(BOARD_WORDS, np.int64)
@@ -531,6 +475,7 @@ def _move(
     board[_START], board[_JOIN] = start, join
     board[_EXTEND], board[_SUMS] = extend, sums.ctypes.data
     board[_SUM_FIRST] = sum_first
+    board[_SOURCES] = sources.ctypes.data if has_sources else 0
     threads = np.empty(max(n_helpers, 1), np.int64)
     n_started = 0
     # Where the system gives no more threads, fewer do the same work.
@@ -540,7 +485,7 @@ def _move(
         == 0
     ):
         n_started += 1
-    _copy_all(copies)
+    copy_all(copies)
     _work(board.ctypes.data)
     for helper in range(n_started):
         _join_thread(board[_JOIN], threads[helper])

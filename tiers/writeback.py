@@ -6,12 +6,16 @@ One part of `tiers.pager.Pager`.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, Allocator
 from tiers.checksum import bound_crcs32c, identity_words
+from tiers.disk import Bytes
+from tiers.errors import StoreFullError, StoreIOError
 from tiers.frames import Frames
 from tiers.page_map import (
     ABSENT_WORD,
@@ -20,11 +24,14 @@ from tiers.page_map import (
     PageMap,
     Words,
     are_private,
+    blocks_of,
     pack_entries,
     unpack_entry,
 )
+from tiers.placement import Placement
 from tiers.requests import Request
-from tiers.slots import SlotFile
+from tiers.slots import SlotFile, fill_rows
+from tiers.space import Space
 from tiers.tags import Tags
 
 Indices = npt.NDArray[np.int64]
@@ -47,6 +54,10 @@ class Writeback:
     frames: Frames
     mutex: threading.Lock
     counts: dict[str, int]
+    placement: Placement
+    obtain: Callable[..., Indices]
+    unpin: Callable[[list[Indices]], None]
+    count_hits: Callable[[Indices], Indices]
 
     def ensure_room(self, requests: list[Request]) -> None:
         """Make sure that slots and map paths of these pages can be taken. I/O lock held."""
@@ -97,18 +108,77 @@ class Writeback:
         frames = frames[np.lexsort((books.page[frames], books.space[frames]))]
         for start in range(0, len(frames), WRITE_WAVE_PAGES):
             wave = frames[start : start + WRITE_WAVE_PAGES]
-            spaces, pages = books.space[wave].astype(np.int64), books.page[wave]
-            crcs = self._write_wave(wave, self._identities(spaces, pages))
-            blocks = books.block[wave]
-            if self.tags is not None:
-                self.has_written_tags = True
-                self.tags.write(blocks, spaces, pages, self.map.version, crcs)
-            entries = pack_entries(blocks, self.map.version, crcs)
-            for number in np.unique(spaces).tolist():
-                chosen = spaces == number
-                self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
+            self._write_wave(wave, books.space[wave].astype(np.int64), books.page[wave])
+
+    def write_contents(self, space: Space, pages: Indices, contents: Bytes, through: bool) -> None:
+        """Let pages have these contents, uint8 (n, n_bytes). I/O lock held, room ensured.
+
+        With `through` they are written to their slots as they are copied. A page that cannot be
+        stays dirty, as if it had not been tried.
+        """
+        books = self.frames
+        taken: Indices = np.empty(0, np.int64)
+        with self.mutex:
+            frames = space.table.lookup(pages)
+            is_absent = frames < 0
+            present = frames[~is_absent]
+            books.pin(present)
+        try:
+            # Nobody sees these before they have their contents.
+            taken = self.obtain(int(is_absent.sum()), wait=True)
+            frames[is_absent] = taken
+            entries = self.map.lookup(FIRST_SPACE + space.number, pages[is_absent])
+            is_private = are_private(entries, self.map.version) & (entries[:, 0] != ABSENT_WORD)
             with self.mutex:
-                books.dirty[wave] = False
+                books.cold[taken] = False
+                books.private[taken] = is_private
+                books.block[taken[is_private]] = blocks_of(entries[is_private])
+            self.make_pages_private([(space, pages)], [frames])
+            with self.mutex:
+                self.counts["dirtied"] += int((~books.dirty[frames]).sum())
+                books.dirty[frames] = True
+            if through:
+                with suppress(StoreIOError, StoreFullError):
+                    self._write_wave(frames, np.full_like(pages, space.number), pages, contents)
+                    self.counts["write_backs"] += len(pages)
+            else:
+                fill_rows(books.arena, frames, contents)
+        except BaseException:
+            with self.mutex:
+                books.dirty[taken] = books.private[taken] = False
+                books.return_free(taken)
+                self.unpin([present])
+            raise
+        with self.mutex:
+            books.map(space, pages[is_absent], taken)
+            self.placement.insert(taken)
+            self.count_hits(present)
+            self.unpin([present])
+
+    def _write_wave(
+        self, frames: Indices, spaces: Indices, pages: Indices, contents: Bytes | None = None
+    ) -> None:
+        """Write these pages, filled with contents before if given, and name them."""
+        books = self.frames
+        names = self._identities(spaces, pages)
+        try:
+            crcs = self.slots.write_rows(books.block[frames], books.arena, frames, names, contents)
+        except OSError:
+            if contents is not None:
+                fill_rows(books.arena, frames, contents)
+            for place in zip(frames.tolist(), spaces.tolist(), pages.tolist(), strict=True):
+                self._write_page_elsewhere(*place)
+            crcs = bound_crcs32c([books.arena[frame] for frame in frames.tolist()], names)
+        blocks = books.block[frames]
+        if self.tags is not None:
+            self.has_written_tags = True
+            self.tags.note(blocks, spaces, pages, self.map.version, crcs)
+        entries = pack_entries(blocks, self.map.version, crcs)
+        for number in np.unique(spaces).tolist():
+            chosen = spaces == number
+            self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
+        with self.mutex:
+            books.dirty[frames] = False
 
     def _identities(self, spaces: Indices, pages: Indices) -> Words:
         """Return what follows each page in its checksum, uint64 (n, 6)."""
@@ -118,17 +188,7 @@ class Writeback:
         names[:, 4], names[:, 5] = pages, self.map.version
         return names
 
-    def _write_wave(self, frames: Indices, names: Words) -> Indices:
-        """Write frames to their slots, or where the device takes them; return their checksums."""
-        books = self.frames
-        try:
-            return self.slots.write_rows(books.block[frames], books.arena, frames, names)
-        except OSError:
-            for frame in frames.tolist():
-                self._write_page_elsewhere(frame)
-        return bound_crcs32c([books.arena[frame] for frame in frames.tolist()], names)
-
-    def _write_page_elsewhere(self, frame: int) -> None:
+    def _write_page_elsewhere(self, frame: int, number: int, page: int) -> None:
         """Write one page, to another slot where the device refuses one; that one is given up."""
         for attempt in range(WRITE_ATTEMPTS):
             try:
@@ -141,7 +201,7 @@ class Writeback:
                 block = self.allocator.take_slots(1)
                 self.frames.block[frame] = block[0]
                 self.map.set_entries(
-                    FIRST_SPACE + int(self.frames.space[frame]),
-                    self.frames.page[[frame]],
+                    FIRST_SPACE + number,
+                    np.array([page]),
                     pack_entries(block, self.map.version, np.zeros_like(block)),
                 )
