@@ -19,12 +19,13 @@ it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tiers.errors import StoreFullError
+from tiers.errors import CorruptionError, StoreFullError
 from tiers.groups import BITMAP_BLOCKS as BITMAP_BLOCKS
 from tiers.groups import BLOCK_BYTES as BLOCK_BYTES
 from tiers.groups import TAG_BYTES as TAG_BYTES
@@ -233,7 +234,9 @@ class Allocator:
             return
         many = BITMAP_BLOCKS // self.blocks_per_slot // 2
         if max(self._free_slots, default=0) < many:
-            self._search(GROUPS_A_STRETCH, self._known_slots() + many)
+            # Nobody needs the group of a damaged bitmap yet; who does will be told.
+            with suppress(CorruptionError):
+                self._search(GROUPS_A_STRETCH, self._known_slots() + many)
 
     def _is_room_made(self, n_slots: int, n_blocks: int) -> bool:
         """Return whether there is room once readers of earlier commits are no longer considered."""

@@ -110,6 +110,20 @@ class StoreMachine(RuleBasedStateMachine):
                 self.store.arena[frame, :size_bytes] = np.frombuffer(content, np.uint8)
                 self.model.write(space.name, page, content + before[size_bytes:])
 
+    @precondition(lambda self: self.store.spaces)
+    @rule(which=_seeds, pages=_pages, length=st.sampled_from((1, 5, 20)), seed=_seeds)
+    def write_contents(self, which: int, pages: set[int], length: int, seed: int) -> None:
+        """Write whole pages; where they are many, to their slots as well."""
+        space, indices = self._choose(which, pages)
+        first = int(indices[0])
+        indices = np.union1d(indices, np.arange(first, min(first + length, space.n_pages)))
+        shape = len(indices), self.page_bytes
+        contents = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+        with self._room():
+            self.store.write(space, indices, contents)
+            for page, content in zip(indices.tolist(), contents, strict=True):
+                self.model.write(space.name, page, content.tobytes())
+
     @rule(meta=_metas | _long_metas)
     def commit(self, meta: dict[str, Any] | None) -> None:
         try:
