@@ -34,9 +34,6 @@ def disk():
     return disk
 
 
-@pytest.mark.xfail(
-    strict=True, reason="two threads share a list of numbers; rows may be copied to wrong places"
-)
 def test_a_read_is_not_given_the_shorter_list_of_another(disk, monkeypatch):
     """Two threads make the list of numbers longer at once, and the one that needs fewer is last."""
 
@@ -53,9 +50,7 @@ def test_a_read_is_not_given_the_shorter_list_of_another(disk, monkeypatch):
         assert np.array_equal(store._claims._places(100), np.arange(100))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a fetcher that cannot start poisons the store, which cannot be closed"
-)
+@pytest.mark.xfail(strict=True, reason="a fetcher that cannot start poisons the store")
 def test_a_reader_without_a_thread_to_read_ahead_reads_on(disk, monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")

@@ -345,9 +345,11 @@ class Claims:
 
     def _places(self, count: int) -> Indices:
         """Return the numbers 0 .. count - 1; not to be changed."""
-        if count > len(self._numbers):
-            self._numbers = np.arange(count)
-        return self._numbers[:count]
+        # Another thread may put a shorter list there in between.
+        numbers = self._numbers
+        if count > len(numbers):
+            numbers = self._numbers = np.arange(count)
+        return numbers[:count]
 
     def _pages_in(self, requests: list[Request], frames_of: list[Indices]) -> list[Request]:
         """Return the pages in some frames of each request."""
