@@ -50,7 +50,6 @@ def test_a_read_is_not_given_the_shorter_list_of_another(disk, monkeypatch):
         assert np.array_equal(store._claims._places(100), np.arange(100))
 
 
-@pytest.mark.xfail(strict=True, reason="a fetcher that cannot start poisons the store")
 def test_a_reader_without_a_thread_to_read_ahead_reads_on(disk, monkeypatch):
     def refuse(self):
         raise RuntimeError("can't start new thread")

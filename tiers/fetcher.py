@@ -28,7 +28,7 @@ class Fetcher:
     Attributes
     ----------
     failure : str or None
-        What ended the thread.
+        What ended the thread, or kept it from starting.
     """
 
     def __init__(self, fetch: Callable[..., object]) -> None:
@@ -42,15 +42,23 @@ class Fetcher:
 
     def hand(self, requests: list[Request]) -> None:
         """Let these be fetched soon; returns at once."""
+        if self._is_stopped:
+            return
         self._waiting.extend(requests)
         self._wake.set()
         if self._thread is None:
             with self._starting:
                 if self._thread is None and not self._is_stopped:
-                    self._thread = threading.Thread(
+                    thread = threading.Thread(
                         target=_run, args=(weakref.ref(self),), name="tiers-fetcher", daemon=True
                     )
-                    self._thread.start()
+                    try:
+                        thread.start()
+                    except RuntimeError as refused:  # no more threads, or the interpreter ends
+                        self.failure = repr(refused)
+                        self._is_stopped = True
+                        return
+                    self._thread = thread
 
     def stop(self) -> None:
         """End the thread, after the fetch that it is in; stopping twice is fine."""
