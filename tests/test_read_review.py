@@ -84,7 +84,6 @@ def closed_in(store, monkeypatch, owner, name, pages):
         assert not closing.is_alive()
 
 
-@pytest.mark.xfail(strict=True, reason="a read that meets a close raises ValueError")
 def test_a_close_just_before_a_read_of_what_is_in_memory_is_told(disk, monkeypatch):
     store = Store.open(PATH, "2MiB", disk=disk)
     store.read(store.space("a"), np.array([1]))
@@ -92,7 +91,6 @@ def test_a_close_just_before_a_read_of_what_is_in_memory_is_told(disk, monkeypat
         closed_in(store, monkeypatch, Claims, "read", [1])
 
 
-@pytest.mark.xfail(strict=True, reason="a read without pages to load is not under way to a close")
 def test_a_close_beside_a_read_of_what_came_meanwhile_harms_neither(disk, monkeypatch):
     store = Store.open(PATH, "2MiB", disk=disk)
     space = store.space("a")

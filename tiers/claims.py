@@ -132,6 +132,8 @@ class Claims:
                 frames_of = self._pin_resident(requests, write=write)
                 if frames_of is not None:
                     return self._grant(frames_of, write, on_release)
+        except TierError:
+            raise
         except BaseException as failure:
             self._condition.poison_by("a claim", failure)
             raise
@@ -154,6 +156,8 @@ class Claims:
                 with pager.mutex:
                     pager.unpin(frames_of)
                 return
+        except TierError:
+            raise
         except BaseException as failure:
             self._condition.poison_by("a read", failure)
             raise
@@ -163,6 +167,8 @@ class Claims:
     def _pin_resident(self, requests: list[Request], *, write: bool) -> list[Indices] | None:
         """Pin pages that are all in memory, and count them as hits. Mutex held."""
         pager = self._pager
+        # Since the caller asked, the store may have been closed and its frames be gone.
+        self._condition.require_usable()
         frames_of = pager.resident_frames(requests, write)
         if frames_of is None:
             return None

@@ -332,8 +332,11 @@ class Loading:
         return coming is not None and not coming.isdisjoint(pages.tolist())
 
     def _announce(self, fault: Fault, loads: Sequence[Load]) -> None:
-        """Let others wait for these pages, and whoever wants the lock alone for the read."""
-        if loads:
+        """Let others wait for these pages, and whoever wants the lock alone for the read.
+
+        What is only copied is a read as well: a close takes the frames away.
+        """
+        if loads or fault.target is not None:
             with self._pager.mutex:
                 self._io.begin_read(fault)
                 for load in loads:
