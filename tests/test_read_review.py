@@ -106,7 +106,6 @@ def test_a_close_beside_a_read_of_what_came_meanwhile_harms_neither(disk, monkey
     assert np.array_equal(found, content([1]))
 
 
-@pytest.mark.xfail(strict=True, reason="damage is judged after the lock is let go")
 def test_an_expired_reader_is_told_so_though_another_thread_refreshes(disk):
     """What a map node looks like that the writer reused is judged before a refresh is done."""
     with (

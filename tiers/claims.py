@@ -248,7 +248,7 @@ class Claims:
         fault = Fault()
         try:
             with self._condition.guarding("a fetch"):
-                with self.io.beside_reads():
+                with self.io.beside_reads(), self._condition.guarding("a fetch"):
                     if self._condition.closed or self._condition.poison:
                         return 0
                     self._pager.checked([(space, pages)])
@@ -279,7 +279,8 @@ class Claims:
         reserve: Callable[[list[Request]], None] | None,
     ) -> list[Indices]:
         while True:
-            with self.io.beside_reads():
+            # Damage is judged while a refresh waits: after it nobody would seem to be expired.
+            with self.io.beside_reads(), self._condition.guarding("a claim"):
                 self._condition.require_usable()
                 # Meanwhile somebody may have dropped a space.
                 require_spaces(requests, self._pager.spaces)
