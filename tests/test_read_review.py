@@ -145,7 +145,6 @@ def test_an_expired_reader_is_told_so_though_another_thread_refreshes(disk):
             reader.read(space, np.array([1]))
 
 
-@pytest.mark.xfail(strict=True, reason="a read that was not ended is waited for for ever")
 def test_an_interrupt_at_the_end_of_a_read_lets_the_store_be_closed(disk, monkeypatch):
     store = Store.open(PATH, "2MiB", disk=disk)
     space, end = store.space("a"), Loading.end

@@ -199,11 +199,23 @@ class Claims:
             with self._condition.guarding("a claim"):
                 yield fault
         finally:
+            try:
+                self._end(fault)
+            finally:
+                # Again, because an interrupt may strike first: a close would wait for ever.
+                self.io.end_read(fault)
+                with pager.mutex:
+                    self.n_waiting -= 1
+                    self.stall_ns += time.perf_counter_ns() - began_ns
+                    pager.released.notify_all()
+
+    def _end(self, fault: Fault) -> None:
+        """End a fault; a store that does not know what became of its frames refuses."""
+        try:
             self._loading.end(fault)
-            with pager.mutex:
-                self.n_waiting -= 1
-                self.stall_ns += time.perf_counter_ns() - began_ns
-                pager.released.notify_all()
+        except BaseException as failure:
+            self._condition.poison_by("the end of a read", failure)
+            raise
 
     @contextmanager
     def epoch(self) -> Iterator[None]:
@@ -257,7 +269,10 @@ class Claims:
                         return self._loading.finish_ahead(fault)
                 return self._loading.finish_ahead(fault)
         finally:
-            self._loading.end(fault)
+            try:
+                self._end(fault)
+            finally:
+                self.io.end_read(fault)
 
     def _bring_in(
         self,
