@@ -1,6 +1,8 @@
 """Reads of pages at odd moments: races of readers with each other, with a close, a refresh."""
 
+import sys
 import threading
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +164,58 @@ def test_an_interrupt_at_the_end_of_a_read_lets_the_store_be_closed(disk, monkey
     closing.start()
     closing.join(5)
     assert not closing.is_alive()
+
+
+def interrupted(act, number):
+    """Act; raise an interrupt where so many functions of the store have been called. Was it?"""
+    calls = count(1)
+
+    def strike(frame, event, argument):
+        name = frame.f_code.co_filename
+        if "/tiers/" in name and "/testing/" not in name and next(calls) == number:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(strike)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("way", ["read", "claim", "fetch"])
+def test_an_interrupt_at_any_call_leaves_a_store_that_reads_or_refuses_and_closes(disk, way):
+    pages = np.array([1, 2])
+
+    def act():
+        if way == "claim":
+            with store.claim([(space, pages)]):
+                pass
+        else:
+            getattr(store, way)(space, pages)
+
+    def go_on():
+        try:
+            found.append(np.array_equal(store.read(space, pages), content(pages)))
+        except StorePoisonedError:
+            found.append(True)
+        store.close()
+
+    for number in count(1):
+        store = Store.open(PATH, "2MiB", disk=disk)
+        space, found = store.space("a"), []
+        store.read(space, np.array([100]))
+        was_struck = interrupted(act, number)
+        going_on = threading.Thread(target=go_on, daemon=True)
+        going_on.start()
+        going_on.join(WAIT_S)
+        assert not going_on.is_alive(), number
+        assert found == [True], number
+        assert store._claims.n_waiting == 0, number
+        if not was_struck:
+            assert number > 20
+            return

@@ -202,12 +202,12 @@ class Claims:
             try:
                 self._end(fault)
             finally:
-                # Again, because an interrupt may strike first: a close would wait for ever.
-                self.io.end_read(fault)
                 with pager.mutex:
                     self.n_waiting -= 1
                     self.stall_ns += time.perf_counter_ns() - began_ns
                     pager.released.notify_all()
+                # Again, because an interrupt may have struck first: a close would wait for ever.
+                self.io.end_read(fault)
 
     def _end(self, fault: Fault) -> None:
         """End a fault; a store that does not know what became of its frames refuses."""
