@@ -244,6 +244,25 @@ def test_parts_of_a_load_are_few_runs_and_together_all_of_it(blocks):
         assert n_runs <= IN_FLIGHT_AHEAD
 
 
+def test_pages_that_change_in_the_callers_array_meanwhile_are_not_mixed_up(store):
+    pages = np.array([1, 2])
+    found = []
+
+    def read_them():
+        with store.claim([(store.space("a"), pages)]) as claim:
+            found.extend(store.arena[claim.frames[0], 0].tolist())
+
+    reading = threading.Thread(target=read_them, name="r", daemon=True)
+    reading.start()
+    entered(store)
+    pages[:] = [8, 9]
+    store.disk.go.release(10)
+    reading.join(WAIT_S)
+    assert found == [1, 2]
+    read(store, 8, 9)
+    store.check()
+
+
 def test_frames_of_a_failed_read_are_free_again(store):
     n_free = store.stats()["tiers"]["dram"]["free_frames"]
     store.disk.failing = OSError(errno.EIO, "planted")

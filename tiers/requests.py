@@ -19,7 +19,7 @@ def checked(
 ) -> list[Request]:
     """Return requests whose spaces are among `spaces` and whose pages ascend within them.
 
-    Their arrays are contiguous and can be written then: compiled code is made for such.
+    Their arrays are copies, contiguous and writeable: compiled code is made for such.
 
     Parameters
     ----------
@@ -41,9 +41,9 @@ def checked(
     for number, (space, pages) in enumerate(pairs):
         if not isinstance(pages, np.ndarray) or pages.dtype != np.int64 or pages.ndim != 1:
             raise PageIndexError(f"pages must be a one-dimensional int64 array, not {pages!r}")
-        if not pages.flags.carray:
-            pages = pages.copy()
-            pairs[number] = space, pages
+        # The caller may change its own meanwhile.
+        pages = pages.copy()
+        pairs[number] = space, pages
         if not ascend(pages, space.n_pages - 1):
             raise PageIndexError(
                 f"pages of {space.name!r} must ascend strictly within 0 .. {space.n_pages - 1}, "
