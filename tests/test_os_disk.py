@@ -166,7 +166,7 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
     script = (
         "import fcntl, os, sys, numpy, tiers, tiers.check\n"
         # What is loaded late; the other user may not be let into where it lies.
-        "import tiers.books, tiers.wave\n"
+        "import tiers.books, tiers.copies, tiers.sums, tiers.wave\n"
         "from tiers.policies import policy_of\n"
         "from tiers.store import POLICY_DEFAULT\n"
         "policy_of(POLICY_DEFAULT, 8)\n"

@@ -187,7 +187,7 @@ def test_pages_of_a_huge_space_are_touched_fetched_and_looked_for(disk):
         store.touch([(space, pages)])
         stats = store.stats()
         assert stats["reads"]["hits"] == 2
-        assert stats["prefetch"] == {"fetched": 2, "used": 2}
+        assert stats["prefetch"] == {"fetched": 2, "used": 2, "failure": None}
 
 
 @pytest.mark.parametrize(
