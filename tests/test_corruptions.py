@@ -65,6 +65,11 @@ def test_a_specimen_has_a_bit_of_everything_and_knows_the_way_to_each_page(seed)
     }
 
 
+def test_what_goes_on_from_an_earlier_commit_has_a_number_that_was_another_ones():
+    """Here the newest root is gone; the commit that follows is not the one of that number."""
+    assert main(["corruptions", "--replay", "20126", "162"]) == 0
+
+
 def test_the_command_counts_and_replays(capsys):
     assert main(["corruptions", "--count", "6", "--seed", "3", "--jobs", "1"]) == 0
     assert "6 of 6 corruptions, 0 violations" in capsys.readouterr().out

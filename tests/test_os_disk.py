@@ -171,6 +171,7 @@ def test_a_directory_that_may_not_be_written_is_named(tmp_path: Path) -> None:
         "from tiers.store import POLICY_DEFAULT\n"
         "policy_of(POLICY_DEFAULT, 8)\n"
         "tiers.books.load()\n"
+        "tiers.sums.load()\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"
         "os.umask(0)\n"
         "try: tiers.Store.create(sys.argv[1], '1MiB', page_size=4096)\n"

@@ -155,6 +155,7 @@ class _Corruption:
         self.rng = rng
         self.counts = counts
         self.struck: set[Part] = set()
+        self._has_gone_on = False
         self.is_together = bool(rng.random() < 0.5)
         self.blocks: dict[tuple[Path, int], bytearray] = {}
 
@@ -391,7 +392,7 @@ class _Corruption:
         else:
             return True
         # What is whole, of a commit whose every block is known, must not suffer from the rest.
-        is_known = store.commit_number in self.made.placed
+        is_known = store.commit_number in self.made.placed and not self._has_gone_on
         whole, others = [], []
         for space, pages in batch:
             is_whole = np.array([is_known and self._is_whole(store, space, page) for page in pages])
@@ -443,6 +444,8 @@ class _Corruption:
             self.counts["went on: refused"] += 1
             return
         disk.power_off()
+        # Where an earlier commit came back, the new one has the number of one that is known.
+        self._has_gone_on = True
         # The root is anew whole, so this cannot be refused but for what was damaged before.
         try:
             store = self._open(disk)
