@@ -87,10 +87,12 @@ class FeatureReader:
 
     def workspace_bytes(self, n_points: int) -> int:
         """Return the most bytes that `read` allocates for a batch, apart from `out`."""
+        from dpnc.kernels.grid import workspace_bytes
+
         # Marks, their page list, and a copy of one half of the levels while the batch is split.
-        return (
-            9 * self._space.n_pages + n_points * self._table.n_levels * self._table.n_features * 4
-        )
+        features = n_points * self._table.n_levels * self._table.n_features * 4
+        of_threads = self._workers.n_threads * workspace_bytes(self._table)
+        return 9 * self._space.n_pages + features + of_threads
 
     def _pages(self, x: Points, table: LevelTable) -> Indices:
         from dpnc.kernels.grid import mark

@@ -180,7 +180,7 @@ def test_marks_are_the_pages_of_the_oracle(grid: HashGrid, page_size: int) -> No
 
 
 @pytest.mark.parametrize("grid", GRIDS[:5])
-def test_absent_pages_are_counted_and_marked_and_contribute_nothing(grid: HashGrid) -> None:
+def test_absent_pages_are_counted_and_marked(grid: HashGrid) -> None:
     flat = make_flat(grid)
     x = make_points(grid, 500, np.float32)
     paged = PagedTable.shuffled(grid, flat, 4096)
@@ -194,7 +194,48 @@ def test_absent_pages_are_counted_and_marked_and_contribute_nothing(grid: HashGr
         expected += int(absent[oracle.lookups(grid, level, x)[0] // rows_per_page].sum())
     assert misses == expected > 0
     assert (marks == all_marks).all()
-    flat[absent[np.arange(grid.n_rows) // rows_per_page]] = 0
+    is_whole = np.ones(len(x), np.bool_)
+    for level in grid.levels:
+        is_whole &= ~absent[oracle.lookups(grid, level, x)[0] // rows_per_page].any(axis=1)
+    assert (out[is_whole] == oracle.forward(grid, flat, x[is_whole])).all()
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_vectors_and_the_plain_twin_have_the_same_bits(
+    grid: HashGrid, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paged = PagedTable.shuffled(grid, make_flat(grid, dtype), 4096)
+    paged.page_table[np.random.default_rng(3).random(len(paged.page_table)) < 0.1] = -1
+    x = make_points(grid, 3_001, np.float32)
+    out, misses, marks = paged.forward(x)
+    monkeypatch.setattr("dpnc.kernels.grid.HAS_OCTETS", False)
+    plain_out, plain_misses, plain_marks = paged.forward(x)
+    assert misses == plain_misses > 0
+    assert (marks == plain_marks).all()
+    paged.page_table[paged.page_table < 0] = 0
+    plain_out, _, _ = paged.forward(x)
+    monkeypatch.setattr("dpnc.kernels.grid.HAS_OCTETS", True)
+    out, _, _ = paged.forward(x)
+    assert (out.view(np.uint32) == plain_out.view(np.uint32)).all()
+
+
+@pytest.mark.parametrize("layout", ["brick", "tcnn"])
+def test_coarse_levels_of_one_cell_and_of_few_rows(layout: str) -> None:
+    grid = HashGrid(3, 5, 2, 9, 1, 2.0, layout=layout)
+    flat = make_flat(grid)
+    x = make_points(grid, 200, np.float32)
+    for page_size in (4096, 65536):
+        out, misses, _ = PagedTable.shuffled(grid, flat, page_size).forward(x)
+        assert misses == 0
+        assert (out == oracle.forward(grid, flat, x)).all()
+
+
+def test_a_batch_is_done_in_blocks_whatever_a_point_is_given() -> None:
+    grid = HashGrid(2, 32, 8, 6, 2, 1.2, layout="tcnn")
+    x = make_points(grid, 5_000, np.float32)
+    flat = make_flat(grid)
+    out, _, _ = PagedTable.shuffled(grid, flat, 4096).forward(x)
     assert (out == oracle.forward(grid, flat, x)).all()
 
 
@@ -203,9 +244,8 @@ def test_an_empty_arena_misses_every_lookup() -> None:
     paged = PagedTable.shuffled(grid, make_flat(grid), 4096)
     paged.page_table[:] = -1
     paged.rows = paged.rows[:0]
-    out, misses, _ = paged.forward(make_points(grid, 10, np.float32)[:10])
+    _, misses, _ = paged.forward(make_points(grid, 10, np.float32)[:10])
     assert misses == 10 * grid.n_levels * 8
-    assert (out == 0).all()
 
 
 @pytest.mark.parametrize("grid", GRIDS[:2])
@@ -479,15 +519,15 @@ out = np.zeros((1, 1), np.float32)
 forward(np.full((1, 2), 0.3, np.float32), table, rows, *pages, out, 0, 1)
 print(round(float(out[0, 0]), 5))
 """
-    geometry = tmp_path / "dpnc" / "kernels" / "geometry.py"
-    source = geometry.read_text()
-    broken = source.replace("else one - fraction", "else one + fraction")
+    octet = tmp_path / "dpnc" / "kernels" / "octet.py"
+    source = octet.read_text()
+    broken = source.replace("np.float32(1)) - fraction", "np.float32(1)) + fraction")
     assert broken != source
-    stamp = geometry.stat().st_mtime_ns
+    stamp = octet.stat().st_mtime_ns
     seen = []
     for text in (source, broken):
-        geometry.write_text(text)
-        os.utime(geometry, ns=(stamp, stamp))
+        octet.write_text(text)
+        os.utime(octet, ns=(stamp, stamp))
         done = subprocess.run(
             [sys.executable, "-c", script],
             env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},

@@ -63,6 +63,13 @@ class Compiler:
             numba.config.CACHE_DIR = previous
         return compiled
 
+    def inline(self, function: Function) -> Function:
+        """Return `function` compiled into each of its callers, which alone are kept on disk."""
+        compiled: Function = numba.njit(cache=False, forceinline=True, _nrt=False, **_OPTIONS)(
+            function
+        )
+        return compiled
+
     def for_process(self, function: Function) -> Function:
         """Return `function` compiled, kept by this process alone.
 

@@ -42,14 +42,14 @@ STRIP = 128
 
 # The first three primes of tiny-cuda-nn's hash; the first one is 1 so that neighbours along x
 # stay neighbours.
-_PRIMES = np.array([1, 2654435761, 805459861], dtype=np.uint64)
+PRIMES = np.array([1, 2654435761, 805459861], dtype=np.uint64)
 _UINT32_MASK = np.uint64(0xFFFFFFFF)
 
 # Odd 64-bit constants with well spread bits; docs/layouts.md fixes them for "brick/1".
-_BRICK_FACTORS = np.array(
+BRICK_FACTORS = np.array(
     [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64
 )
-_BRICK_FINAL = np.uint64(0xD6E8FEB86659FD93)
+BRICK_FINAL = np.uint64(0xD6E8FEB86659FD93)
 _HALF_BITS = np.uint64(32)
 _ONE = np.uint64(1)
 
@@ -169,7 +169,7 @@ def _brick_terms(
 @kernel
 def _hash_terms(cells: npt.NDArray[np.int32], count: int, terms: npt.NDArray[np.uint64]) -> None:
     for d in range(cells.shape[0]):
-        prime = _PRIMES[d]
+        prime = PRIMES[d]
         for i in range(count):
             lower = np.uint64(np.uint32(cells[d, i])) * prime
             terms[2 * d, i] = lower & _UINT32_MASK
@@ -185,7 +185,7 @@ def _brick_hash_terms(
 ) -> None:
     shift = np.uint64(geometry[EDGE_SHIFT])
     for d in range(cells.shape[0]):
-        factor = _BRICK_FACTORS[d]
+        factor = BRICK_FACTORS[d]
         for upper in range(2):
             for i in range(count):
                 vertex = np.uint64(np.uint32(cells[d, i] + upper))
@@ -226,7 +226,7 @@ def _choose_brick(
     for k in range(rows.shape[0]):
         for i in range(count):
             key = rows[k, i]
-            key = (key ^ (key >> _HALF_BITS)) * _BRICK_FINAL
+            key = (key ^ (key >> _HALF_BITS)) * BRICK_FINAL
             rows[k, i] = ((key >> _HALF_BITS) & mask) << brick_shift
 
 

@@ -6,21 +6,30 @@ lookups it could not make; the caller brings the marked pages in and runs the pa
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpnc.encoding.level import OFFSET, LevelTable
+from dpnc.encoding.level import BRICK, BRICK_HASH, KIND, OFFSET, ROWS, LevelTable
 from dpnc.errors import PointsError
-from dpnc.kernels.geometry import STRIP, address, locate, weigh
-from dpnc.kernels.half import widen, widen_pair
-from dpnc.kernels.jit import kernel
-from dpnc.kernels.prefetch import prefetch
+from dpnc.kernels import plain
+from dpnc.kernels.jit import kernel, step
+from dpnc.kernels.octet import SLOTS, Scratch, address, interpolate, locate, make_scratch
+from dpnc.kernels.placing import place_bricks, translate
+from dpnc.kernels.simd import LANES, ask_for, load, set_ones, splat, store
 
 # A level of many points is finished before the next one begins, so that its rows stay in the
-# cache; but the output of the points must stay there too.
+# cache; but what the points are given there must stay there too.
 _BLOCK_POINTS = 65536
+_BLOCK_BYTES = 4 << 20
+
+# Rows of a level of more bytes are asked for so many octets before they are read.
+_LARGE_BYTES = 1 << 18
+_N_AHEAD = 8
+
+HAS_OCTETS = sys.byteorder == "little"
 
 
 def forward(
@@ -54,7 +63,7 @@ def forward(
     marks : ndarray, uint8 (n_pages,)
         Set to 1 for every page that these points need, resident or not; never cleared.
     out : ndarray, float32 (n, n_levels * n_features), C-contiguous
-        Lines ``start .. stop`` are filled. A lookup that missed contributes nothing.
+        Lines ``start .. stop`` are filled. What a point that missed a row gets is not defined.
     start, stop : int
 
     Returns
@@ -73,21 +82,16 @@ def forward(
     dtype = np.uint16 if rows.dtype == np.uint16 else np.float32
     check_array("rows", rows, dtype, (len(rows), table.n_features << page_shift))
     check_array("out", out, np.float32, (len(x), table.n_levels * table.n_features))
-    return int(
-        _forward(
-            x,
-            table.scales,
-            table.geometry,
-            table.n_features,
-            rows.reshape(-1),
-            page_table,
-            page_shift,
-            marks,
-            out,
-            start,
-            stop,
-        )
-    )
+    if len(rows) == 0:
+        # What has no frame is read from frame 0, whatever that holds.
+        rows = np.zeros((1, rows.shape[1]), rows.dtype)
+    values, n_features = rows.reshape(-1), table.n_features
+    paged = values, page_table, page_shift, marks, out, start, stop
+    if not HAS_OCTETS:
+        return int(plain.forward(x, table.scales, table.geometry, n_features, *paged))
+    large_rows = _LARGE_BYTES // (n_features * rows.itemsize)
+    axes, features = (0,) * table.n_dims, (0,) * n_features
+    return int(_forward(x, table.scales, table.geometry, axes, features, *paged, large_rows))
 
 
 def mark(
@@ -117,7 +121,16 @@ def mark(
     """
     _check_points(x, table, start, stop)
     _check_pages(table, page_shift, marks)
-    _mark(x, table.scales, table.geometry, page_shift, marks, start, stop)
+    if not HAS_OCTETS:
+        plain.mark(x, table.scales, table.geometry, page_shift, marks, start, stop)
+    else:
+        axes = (0,) * table.n_dims
+        _mark(x, table.scales, table.geometry, axes, page_shift, marks, start, stop)
+
+
+def workspace_bytes(table: LevelTable) -> int:
+    """Return the most bytes that one call of `forward` or `mark` allocates."""
+    return _BLOCK_BYTES + _BLOCK_POINTS * 8 * table.n_dims
 
 
 def check_array(
@@ -150,7 +163,8 @@ def _forward(
     x: npt.NDArray[Any],
     scales: npt.NDArray[np.float32],
     geometry: npt.NDArray[np.int64],
-    n_features: int,
+    axes: tuple[int, ...],
+    features: tuple[int, ...],
     values: npt.NDArray[Any],
     page_table: npt.NDArray[np.int32],
     page_shift: int,
@@ -158,100 +172,37 @@ def _forward(
     out: npt.NDArray[np.float32],
     start: int,
     stop: int,
+    large_rows: int,
 ) -> int:
-    n_dims = x.shape[1]
-    n_corners = 1 << n_dims
-    cells = np.empty((n_dims, STRIP), np.int32)
-    fractions = np.empty((n_dims, STRIP), np.float32)
-    terms = np.empty((2 * n_dims, STRIP), np.uint64)
-    rows = np.empty((n_corners, STRIP), np.uint64)
-    weights = np.empty((n_corners, STRIP), np.float32)
-    places = np.empty((n_corners, STRIP), np.int64)
-    sums = np.empty((n_features, STRIP), np.float32)
-    misses = 0
-    for block in range(start, stop, _BLOCK_POINTS):
-        block_stop = min(block + _BLOCK_POINTS, stop)
-        for level in range(len(scales)):
-            offset = geometry[level, OFFSET]
-            for strip in range(block, block_stop, STRIP):
-                count = min(STRIP, block_stop - strip)
-                locate(x, scales[level], strip, count, cells, fractions)
-                address(cells, count, geometry[level], terms, rows)
-                misses += _translate(
-                    rows, count, offset, page_table, page_shift, n_features, values, marks, places
-                )
-                weigh(fractions, count, weights)
-                _interpolate(values, places, weights, count, n_features, sums)
-                for i in range(count):
-                    for f in range(n_features):
-                        out[strip + i, level * n_features + f] = sums[f, i]
-    return misses
-
-
-@kernel
-def _translate(
-    rows: npt.NDArray[np.uint64],
-    count: int,
-    offset: int,
-    page_table: npt.NDArray[np.int32],
-    page_shift: int,
-    n_features: int,
-    values: npt.NDArray[Any],
-    marks: npt.NDArray[np.uint8],
-    places: npt.NDArray[np.int64],
-) -> int:
-    """Fill where in the arena each row begins, -1 where its page is absent; mark the pages."""
-    first = np.uint64(offset)
-    shift = np.uint64(page_shift)
-    page_mask = (np.uint64(1) << shift) - np.uint64(1)
-    misses = 0
-    for k in range(rows.shape[0]):
-        for i in range(count):
-            row = first + rows[k, i]
-            page = row >> shift
-            marks[page] = 1
-            frame = np.int64(page_table[page])
-            if frame < 0:
-                misses += 1
-                places[k, i] = -1
-            else:
-                place = ((frame << page_shift) | np.int64(row & page_mask)) * n_features
-                places[k, i] = place
-                prefetch(values, place)
-    return misses
-
-
-@kernel
-def _interpolate(
-    values: npt.NDArray[Any],
-    places: npt.NDArray[np.int64],
-    weights: npt.NDArray[np.float32],
-    count: int,
-    n_features: int,
-    sums: npt.NDArray[np.float32],
-) -> None:
-    """Fill the features of a strip, corner by corner so that no sum waits for the one before.
-
-    Features go in pairs, because a loop of two costs more than its body.
-    """
-    for f in range(n_features):
-        for i in range(count):
-            sums[f, i] = np.float32(0)
-    if n_features == 1:
-        for k in range(places.shape[0]):
-            for i in range(count):
-                place = places[k, i]
-                if place >= 0:
-                    sums[0, i] += weights[k, i] * widen(values[np.uint64(place)])
-        return
-    for f in range(0, n_features, 2):
-        for k in range(places.shape[0]):
-            for i in range(count):
-                place = places[k, i]
-                if place >= 0:
-                    first, second = widen_pair(values, np.uint64(place + f))
-                    sums[f, i] += weights[k, i] * first
-                    sums[f + 1, i] += weights[k, i] * second
+    n_levels = len(scales)
+    n_block = _block_points(n_levels * len(features), stop - start)
+    points = np.empty(len(axes) * n_block, x.dtype)
+    of_levels = np.empty((n_levels, n_block * len(features)), np.float32)
+    scratch = make_scratch(axes)
+    n_missed = 0
+    for block in range(start, stop, n_block):
+        count = min(n_block, stop - block)
+        n_padded = _padded(count)
+        _take_points(x, block, count, n_padded, points)
+        for level in range(n_levels):
+            is_large = geometry[level, ROWS] >= large_rows
+            n_missed += _forward_level(
+                points,
+                count,
+                scales[level],
+                geometry[level],
+                axes,
+                features,
+                values,
+                page_table,
+                np.uint64(page_shift),
+                marks,
+                scratch,
+                _N_AHEAD if is_large else 0,
+                of_levels[level],
+            )
+        _give_features(of_levels, features, out, block, count)
+    return n_missed
 
 
 @kernel
@@ -259,22 +210,154 @@ def _mark(
     x: npt.NDArray[Any],
     scales: npt.NDArray[np.float32],
     geometry: npt.NDArray[np.int64],
+    axes: tuple[int, ...],
     page_shift: int,
     marks: npt.NDArray[np.uint8],
     start: int,
     stop: int,
 ) -> None:
-    n_dims = x.shape[1]
-    cells = np.empty((n_dims, STRIP), np.int32)
-    fractions = np.empty((n_dims, STRIP), np.float32)
-    terms = np.empty((2 * n_dims, STRIP), np.uint64)
-    rows = np.empty((1 << n_dims, STRIP), np.uint64)
-    for level in range(len(scales)):
-        offset = geometry[level, OFFSET]
-        for strip in range(start, stop, STRIP):
-            count = min(STRIP, stop - strip)
-            locate(x, scales[level], strip, count, cells, fractions)
-            address(cells, count, geometry[level], terms, rows)
-            for k in range(rows.shape[0]):
-                for i in range(count):
-                    marks[(offset + np.int64(rows[k, i])) >> page_shift] = 1
+    n_block = _block_points(1, stop - start)
+    points = np.empty(len(axes) * n_block, x.dtype)
+    scratch = make_scratch(axes)
+    for block in range(start, stop, n_block):
+        count = min(n_block, stop - block)
+        _take_points(x, block, count, _padded(count), points)
+        for level in range(len(scales)):
+            _mark_level(
+                *(points, count, scales[level], geometry[level], axes),
+                *(np.uint64(page_shift), marks, scratch),
+            )
+
+
+@step
+def _forward_level(
+    points: npt.NDArray[Any],
+    n_points: int,
+    scale: np.float32,
+    geometry: npt.NDArray[np.int64],
+    axes: tuple[int, ...],
+    features: tuple[int, ...],
+    values: npt.NDArray[Any],
+    page_table: npt.NDArray[np.int32],
+    page_shift: np.uint64,
+    marks: npt.NDArray[np.uint8],
+    scratch: Scratch,
+    n_ahead: int,
+    out: npt.NDArray[np.float32],
+) -> int:
+    """Fill the features of one level, float32 (n_points, n_features); return how many rows missed.
+
+    `n_ahead` octets are asked for before they are read; 0 asks for nothing.
+    """
+    n_missed = 0
+    is_in_bricks = geometry[KIND] == BRICK or geometry[KIND] == BRICK_HASH
+    behind = n_ahead * LANES
+    n_padded = _padded(n_points)
+    for ahead in range(0, n_padded + behind, LANES):
+        if ahead < n_padded:
+            slot = (ahead // LANES) & (SLOTS - 1)
+            locate(points, n_padded, ahead, scale, axes, scratch, slot)
+            n_valid = min(LANES, n_points - ahead)
+            if is_in_bricks:
+                n_missed += place_bricks(
+                    geometry,
+                    page_table,
+                    page_shift,
+                    marks,
+                    axes,
+                    features,
+                    n_valid,
+                    scratch,
+                    slot,
+                )
+            else:
+                address(geometry, axes, scratch)
+                n_missed += translate(
+                    geometry,
+                    page_table,
+                    page_shift,
+                    marks,
+                    axes,
+                    features,
+                    n_valid,
+                    scratch,
+                    slot,
+                )
+            if n_ahead:
+                _ask(values, axes, scratch, slot)
+        at = ahead - behind
+        if at >= 0:
+            slot = (at // LANES) & (SLOTS - 1)
+            interpolate(values, axes, features, scratch, slot, out, at * len(features))
+    return n_missed
+
+
+@step
+def _mark_level(
+    points: npt.NDArray[Any],
+    n_points: int,
+    scale: np.float32,
+    geometry: npt.NDArray[np.int64],
+    axes: tuple[int, ...],
+    page_shift: np.uint64,
+    marks: npt.NDArray[np.uint8],
+    scratch: Scratch,
+) -> None:
+    """Mark the pages of one level."""
+    n_padded = _padded(n_points)
+    first, shift = splat(np.uint64(geometry[OFFSET])), splat(page_shift)
+    for at in range(0, n_padded, LANES):
+        locate(points, n_padded, at, scale, axes, scratch, 0)
+        address(geometry, axes, scratch)
+        for k in range(1 << len(axes)):
+            store(scratch.pages, 0, (load(scratch.rows, LANES * k) + first) >> shift)
+            set_ones(marks, scratch.pages, 0)
+
+
+@step
+def _block_points(n_values: int, n_points: int) -> int:
+    """Return how many points are done at a time, each of which is given `n_values`."""
+    most = max(LANES, min(_BLOCK_POINTS, _BLOCK_BYTES // (4 * n_values)) // LANES * LANES)
+    return min(most, max(LANES, _padded(n_points)))
+
+
+@step
+def _padded(n_points: int) -> int:
+    """Return how many points whole octets have."""
+    return (n_points + LANES - 1) // LANES * LANES
+
+
+@step
+def _take_points(
+    x: npt.NDArray[Any], start: int, count: int, n_padded: int, points: npt.NDArray[Any]
+) -> None:
+    """Fill ``points``, (n_dims, n_padded), with lines of x; the last one again to the end."""
+    for d in range(x.shape[1]):
+        for i in range(count):
+            points[d * n_padded + i] = x[start + i, d]
+        for i in range(count, n_padded):
+            points[d * n_padded + i] = x[start + count - 1, d]
+
+
+@step
+def _give_features(
+    of_levels: npt.NDArray[np.float32],
+    features: tuple[int, ...],
+    out: npt.NDArray[np.float32],
+    start: int,
+    count: int,
+) -> None:
+    """Fill lines of `out` with what `_forward_level` gave for each level."""
+    n_features = len(features)
+    for i in range(count):
+        for level in range(len(of_levels)):
+            for f in range(n_features):
+                out[start + i, level * n_features + f] = of_levels[level, i * n_features + f]
+
+
+@step
+def _ask(values: npt.NDArray[Any], axes: tuple[int, ...], scratch: Scratch, slot: int) -> None:
+    """Ask the memory for every row, which will be read soon."""
+    n_corners = 1 << len(axes)
+    for k in range(n_corners):
+        ask_for(values, scratch.places, LANES * (slot * n_corners + k))
