@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import cgroup, page_faults
+from bench import cgroup, lookup, page_faults
 from bench.contenders import CONTENDERS
 from bench.patterns import PATTERNS, batches
 
@@ -106,3 +106,28 @@ def test_zipf_has_popular_pages_and_sliding_a_window() -> None:
     assert np.sort(counts)[-25:].sum() > 0.3 * counts.sum()
     window = next(batches("sliding", 500, 20, 60, seed=1))
     assert window.max() < 60
+
+
+@pytest.mark.parametrize("points", ["random", "rays"])
+def test_lookup_measures_every_contender(
+    points: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--log2", "10", "--batches", "1", "--rounds", "1", "--points", points, "--json"]
+    lookup.main([*sizes, "--directory", str(tmp_path)])
+    found = json.loads(capsys.readouterr().out)
+    assert {"query", "kernel", "plain", "lines"} <= set(found["10"])
+    assert all(rate > 0 for rates in found["10"].values() for rate in rates)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lookup_prints_ratios_and_its_points_are_inside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--log2", "10", "--batches", "1", "--rounds", "1", "--dtype", "float16"]
+    lookup.main([*sizes, "--threads", "2", "--directory", str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("query") and " 1.00" in line for line in lines)
+    for kind in ("random", "rays"):
+        x = lookup.points_of(kind, 1000, 3)
+        assert x.shape == (1000, 3) and x.dtype == np.float32
+        assert x.min() >= 0 and x.max() <= 1
