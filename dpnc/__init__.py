@@ -1,5 +1,6 @@
 """Neural fields larger than memory: hash-grid fields in a crash-safe page store."""
 
+from dpnc import tcnn
 from dpnc.encoding import HashGrid
 from dpnc.errors import FieldError
 from dpnc.field import Field, create, open  # noqa: A004 - `dpnc.open` is what users look for
@@ -21,4 +22,5 @@ __all__ = [
     "TierError",
     "create",
     "open",
+    "tcnn",
 ]

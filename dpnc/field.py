@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from dpnc import tcnn
 from dpnc.encoding import HashGrid
 from dpnc.errors import FieldError, FieldFormatError, HeadError, OptimizerError
 from dpnc.features import FeatureReader
@@ -83,6 +84,19 @@ class Field:
         self._look_ahead = LookAhead(store, self._rows.params)
         self._n_refused = 0
         self._workspace_bytes = 0
+
+    @staticmethod
+    def from_tcnn(
+        path: PathLike, config: Mapping[str, Any], params: tcnn.Params, **options: Any
+    ) -> Field:
+        """Make a field of tiny-cuda-nn's configuration and its parameters, bit for bit.
+
+        See `dpnc.tcnn`. `options` are those of `create`, and ``n_dims`` (3); the dtype is that of
+        `params` unless it is given.
+        """
+        encoding = tcnn.encoding_of(config, options.pop("n_dims", 3))
+        options.setdefault("dtype", str(tcnn.checked_params(params).dtype))
+        return create(path, encoding, fill=partial(_fill, encoding, params), **options)
 
     # Reading
 
@@ -433,6 +447,7 @@ def create(
     page_size: int = 65536,
     migration: Migration | None = None,
     disk: Disk | None = None,
+    fill: Callable[[Store], None] | None = None,
 ) -> Field:
     """Make a new field in a new store; durable when this returns.
 
@@ -460,6 +475,9 @@ def create(
         cold tier too. Results stay the same, bit for bit.
     disk : tiers.Disk, optional
         The operating system when left out.
+    fill : callable, optional
+        Given the store before it stands at `path`: writes the first rows of its space
+        ``"features"``. If it raises, nothing is left behind.
 
     Returns
     -------
@@ -499,6 +517,8 @@ def create(
         TrainedRows(store, "features", optimizer)
         if head is not None:
             write_head(store, head.initial(encoding.n_output_dims, seed))
+        if fill is not None:
+            fill(store)
         store.commit(attributes={"field": record})
 
     store = Store.create(
@@ -515,6 +535,10 @@ def create(
     except BaseException:
         store.close()
         raise
+
+
+def _fill(encoding: HashGrid, params: tcnn.Params, store: Store) -> None:
+    tcnn.fill(store, encoding, params)
 
 
 def open(  # noqa: A001 - `dpnc.open` is the name users look for
