@@ -7,6 +7,7 @@ from dpnc.field import Field, create, open  # noqa: A004 - `dpnc.open` is what u
 from dpnc.head import Head
 from dpnc.lookahead import Prefetch
 from dpnc.optim import SGD, Adam
+from dpnc.table import Table
 from tiers import Budget, Migration, TierError
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Head",
     "Migration",
     "Prefetch",
+    "Table",
     "TierError",
     "create",
     "open",

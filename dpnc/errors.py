@@ -17,6 +17,10 @@ class PointsError(FieldError, ValueError):
     """Points or gradients have the wrong dtype or shape, or a value that is refused."""
 
 
+class TableError(FieldError, ValueError):
+    """Ids, offsets or rows of a table have the wrong dtype or shape, or do not exist."""
+
+
 class OptimizerError(FieldError, ValueError):
     """A parameter of an optimiser is out of range, or a field has no optimiser."""
 

@@ -23,7 +23,7 @@ from dpnc.points import Points, checked_gradient, checked_points
 from dpnc.rows import TrainedRows
 from dpnc.sharing import Sharing
 from dpnc.spaces import spaces_of, write_head
-from dpnc.workers import Workers, default_threads
+from dpnc.workers import Workers, checked_threads
 from tiers import Budget, Disk, Migration, Store
 
 Features = npt.NDArray[np.float32]
@@ -74,7 +74,7 @@ class Field:
             raise FieldFormatError(
                 f"{store.path}: the field's record is unreadable: {refused!r}"
             ) from refused
-        n_threads = _checked_threads(threads)
+        n_threads = checked_threads(threads)
         self._table = self.encoding.level_table()
         self._workers = Workers(n_threads)
         self._sharing = Sharing()
@@ -502,7 +502,7 @@ def create(
         raise FieldError(f"head must be a Head or None, not {head!r}")
     if type(seed) is not int or not 0 <= seed < 1 << 63:
         raise FieldError(f"seed must be an integer in 0 .. 2^63 - 1, not {seed!r}")
-    _checked_threads(threads)
+    checked_threads(threads)
     record = {
         "format": FIELD_FORMAT,
         "encoding": encoding.to_dict(),
@@ -580,11 +580,3 @@ def open(  # noqa: A001 - `dpnc.open` is the name users look for
     except BaseException:
         store.close()
         raise
-
-
-def _checked_threads(threads: int | None) -> int:
-    if threads is None:
-        return default_threads()
-    if type(threads) is not int or threads < 1:
-        raise FieldError(f"threads must be an integer of at least 1, not {threads!r}")
-    return threads

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpnc.arrays import DTYPES, read_array
 from dpnc.encoding import HashGrid
 from dpnc.errors import ConfigError, EncodingError
 from tiers import Space, Store
@@ -34,7 +35,6 @@ PARENTS_MAX = 16
 TENSOR = "params"
 """Name of the tensor in a safetensors file."""
 _PAGES_A_WAVE = 64
-_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2")}
 _TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _KEYS = {
     *("otype", "type", "n_levels", "n_features", "n_features_per_level", "log2_hashmap_size"),
@@ -189,17 +189,7 @@ def read_params(path: PathLike, tensor: str = TENSOR) -> Params:
     ConfigError
         If it is neither, or not such an array.
     """
-    try:
-        if Path(path).suffix == ".npy":
-            found = np.load(path, mmap_mode="r", allow_pickle=False)
-        elif Path(path).suffix == ".safetensors":
-            found = _tensor(Path(path), tensor)
-        else:
-            raise ConfigError(f"{path} is no .npy and no .safetensors file")
-    except (OSError, ValueError, EOFError) as refused:
-        if isinstance(refused, ConfigError):
-            raise
-        raise ConfigError(f"{path}: {refused}") from refused
+    found = read_array(path, tensor)
     return checked_params(found, str(path))
 
 
@@ -354,34 +344,8 @@ def _waves(n_pages: int, most: int) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, n_pages)
 
 
-def _tensor(path: Path, name: str) -> npt.NDArray[Any]:
-    """Return a tensor of a safetensors file, mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            if name not in file.keys():  # noqa: SIM118 - it is no mapping
-                raise ConfigError(f"{path} has no tensor {name!r}, but {sorted(file.keys())}")
-            found = file.get_slice(name)
-            dtype, shape = found.get_dtype(), found.get_shape()
-    except SafetensorError as refused:
-        raise ConfigError(f"{path}: {refused}") from refused
-    if dtype not in _DTYPES or len(shape) != 1:
-        raise ConfigError(f"{path}: {name!r} is {dtype} {shape}, not F32 or F16 in one dimension")
-    # The library has checked the header; what it would read whole is mapped instead.
-    with path.open("rb") as file:
-        n_header = int.from_bytes(file.read(8), "little")
-        begin, _ = json.loads(file.read(n_header))[name]["data_offsets"]
-    n_values = int(shape[0])
-    if n_values == 0:
-        return np.empty(0, np.float32)
-    begins = int(8 + n_header + begin)
-    content = np.memmap(path, np.uint8, mode="r", offset=begins)
-    return np.asarray(content[: n_values * _DTYPES[dtype].itemsize].view(_DTYPES[dtype]))
-
-
 def _safetensors_header(dtype: np.dtype[Any], n_params: int) -> bytes:
-    name = next(name for name, known in _DTYPES.items() if known == dtype)
+    name = next(name for name, known in DTYPES.items() if known == dtype)
     size_bytes = n_params * dtype.itemsize
     header = {TENSOR: {"dtype": name, "shape": [n_params], "data_offsets": [0, size_bytes]}}
     content = json.dumps(header).encode()

@@ -64,8 +64,32 @@ def warm_field(
             field.verify()
 
 
+def warm_table(directory: Path, dtype: RowType, threads: int | None = None) -> None:
+    """Create a table, use everything a table does but its optimiser, and remove it."""
+    ids = np.arange(64) % 40
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as scratch,
+        dpnc.Table.create(
+            Path(scratch) / "warm.dpnc",
+            64,
+            4,
+            dtype=dtype,
+            budget=BUDGET,
+            optimizer=dpnc.SGD(),
+            threads=threads,
+        ) as table,
+    ):
+        table.load(np.zeros((64, 4), np.float32))
+        table.update(ids, table.rows(ids))
+        table.bags(ids, np.array([0, 64]))
+        table.prefetch(ids).wait()
+
+
 def warm_everything(threads: int | None = None) -> Iterator[str]:
-    """Compile every kernel; yield the name of each kind of field before it is compiled."""
+    """Compile every kernel; yield the name of each kind of field or table before it is compiled."""
+    for dtype in get_args(RowType):
+        yield f"table {dtype}"
+        warm_table(Path(tempfile.gettempdir()), dtype, threads)
     for n_dims in (2, 3):
         for layout in ("brick", "tcnn"):
             for dtype in get_args(RowType):

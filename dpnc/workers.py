@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import pairwise
 
+from dpnc.errors import FieldError
 from tiers.jobs import run_all
 
 
@@ -21,6 +22,15 @@ def default_threads() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def checked_threads(threads: int | None) -> int:
+    """Return how many threads to use, the default if None; raise `FieldError` if it is none."""
+    if threads is None:
+        return default_threads()
+    if type(threads) is not int or threads < 1:
+        raise FieldError(f"threads must be an integer of at least 1, not {threads!r}")
+    return threads
 
 
 class Workers:
