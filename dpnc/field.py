@@ -477,7 +477,7 @@ def create(
         The operating system when left out.
     fill : callable, optional
         Given the store before it stands at `path`: writes the first rows of its space
-        ``"features"``. If it raises, nothing is left behind.
+        ``"features"``. If it raises, no field is left behind.
 
     Returns
     -------

@@ -14,10 +14,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +36,7 @@ PARENTS_MAX = 16
 TENSOR = "params"
 """Name of the tensor in a safetensors file."""
 _PAGES_A_WAVE = 64
-_TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
+_TOKEN = re.compile(r'"(?:\\.|[^"\\])*(?:"|\Z)|//[^\n]*|/\*.*?\*/', re.DOTALL)
 _KEYS = {
     *("otype", "type", "n_levels", "n_features", "n_features_per_level", "log2_hashmap_size"),
     *("base_resolution", "per_level_scale", "interpolation", "stochastic_interpolation"),
@@ -70,9 +71,12 @@ def read_config(path: PathLike) -> dict[str, Any]:
     """
     chain: list[dict[str, Any]] = []
     seen: set[Path] = set()
-    place: Path | None = Path(path)
-    while place is not None:
-        place = place.resolve()
+    named: PathLike | None = path
+    while named is not None:
+        try:
+            place = Path(named).resolve()
+        except (OSError, ValueError, RuntimeError) as refused:
+            raise ConfigError(f"{os.fspath(named)!r}: {refused!r}") from refused
         if place in seen or len(seen) == PARENTS_MAX:
             raise ConfigError(f"{path}: {place} is its own ancestor, or has over {PARENTS_MAX}")
         seen.add(place)
@@ -81,10 +85,13 @@ def read_config(path: PathLike) -> dict[str, Any]:
         if parent is not None and not isinstance(parent, str):
             raise ConfigError(f"{place}: parent={parent!r} is not a path")
         chain.append(document)
-        place = None if parent is None else place.parent / parent
+        named = None if parent is None else place.parent / parent
     merged: dict[str, Any] = {}
-    for document in reversed(chain):
-        merged = _patched(merged, document)
+    try:
+        for document in reversed(chain):
+            merged = _patched(merged, document)
+    except RecursionError as refused:
+        raise ConfigError(f"{path}: nested too deep") from refused
     return merged
 
 
@@ -113,6 +120,8 @@ def encoding_of(config: Mapping[str, Any], n_dims: int = 3) -> HashGrid:
     EncodingError
         If a parameter is out of range.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"a configuration is a mapping, not {type(config).__name__}")
     encoding = config.get("encoding", config)
     if not isinstance(encoding, Mapping):
         raise ConfigError(f"encoding={encoding!r} is no object")
@@ -222,15 +231,21 @@ def write_params(
     """
     _require_layout(encoding)
     space = store.space("features")
+    if (space.n_rows, space.row_width) != (encoding.n_rows, encoding.n_features_per_level):
+        raise EncodingError(
+            f"the store has {space.n_rows} rows of {space.row_width} and the encoding "
+            f"{encoding.n_rows} of {encoding.n_features_per_level}"
+        )
     dtype = np.dtype(space.dtype).newbyteorder("<")
-    with _whole_file(Path(path)) as unfinished, unfinished.open("wb") as file:
-        if Path(path).suffix == ".npy":
+    place = Path(path)
+    if place.suffix not in (".npy", ".safetensors"):
+        raise ConfigError(f"{os.fspath(path)!r} is no .npy and no .safetensors file")
+    with _whole_file(place) as file:
+        if place.suffix == ".npy":
             header = {"descr": dtype.str, "fortran_order": False, "shape": (encoding.n_params,)}
             np.lib.format.write_array_header_1_0(file, header)
-        elif Path(path).suffix == ".safetensors":
-            file.write(_safetensors_header(dtype, encoding.n_params))
         else:
-            raise ConfigError(f"{path} is no .npy and no .safetensors file")
+            file.write(_safetensors_header(dtype, encoding.n_params))
         for first, stop in _waves(space.n_pages, store.n_frames):
             pages = np.arange(first, stop)
             rows = store.read(space, pages).view(space.dtype)
@@ -332,8 +347,9 @@ def checked_params(params: Any, name: str = "params") -> Params:
 def _in_dtype(part: Params, space: Space) -> npt.NDArray[Any]:
     with np.errstate(over="ignore"):
         values = part.astype(space.dtype)
-    if (np.isinf(values) & ~np.isinf(part)).any():
-        largest = float(np.abs(part).max())
+    is_lost = np.isinf(values) & ~np.isinf(part)
+    if is_lost.any():
+        largest = float(np.abs(part[is_lost]).max())
         raise EncodingError(f"a value of {largest} does not fit into {space.dtype}")
     return values
 
@@ -354,12 +370,24 @@ def _safetensors_header(dtype: np.dtype[Any], n_params: int) -> bytes:
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[Path]:
-    """Give the name of a file that stands at `path` after the block, if nothing is raised."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+def _whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that stands at `path` after the block, durably, if nothing is raised."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix="unfinished-", suffix=path.suffix)
+    unfinished = Path(name)
     try:
-        yield unfinished
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # As a file that is made anew; mkstemp lets nobody else read it.
+        unfinished.chmod(0o666 & ~_umask())
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

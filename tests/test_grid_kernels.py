@@ -239,6 +239,39 @@ def test_a_batch_is_done_in_blocks_whatever_a_point_is_given() -> None:
     assert (out == oracle.forward(grid, flat, x)).all()
 
 
+@kernel.for_process
+def map_and_unmap(page_table: np.ndarray, frame: int, stop: np.ndarray) -> None:
+    while stop[0] == 0:
+        for value in (frame, -1):
+            page_table[0] = value
+            for _ in range(50):
+                if stop[0] > 5:
+                    return
+
+
+@pytest.mark.parametrize("layout", ["brick", "tcnn"])
+def test_a_page_that_comes_during_a_pass_is_missed_or_read(layout: str) -> None:
+    grid = HashGrid(3, 1, 2, 10, 16, 1.0, layout=layout)
+    arena = np.full((2, 2 << 12), np.nan, np.float32)
+    arena[1] = 1
+    x = make_points(grid, 8, np.float64)[:8]
+    table, page_table, stop = grid.level_table(), np.full(1, -1, np.int32), np.zeros(1)
+    out, marks = np.empty((8, 2), np.float32), np.zeros(1, np.uint8)
+
+    def run() -> int:
+        return forward(x, table, arena, page_table, 12, marks, out, 0, 8)
+
+    assert run() == 64
+    with ThreadPoolExecutor(1) as pool:
+        flipping = pool.submit(map_and_unmap, page_table, 1, stop)
+        try:
+            n_wrong = sum(run() == 0 and bool(np.isnan(out).any()) for _ in range(60_000))
+        finally:
+            stop[0] = 1
+        flipping.result()
+    assert n_wrong == 0
+
+
 def test_an_empty_arena_misses_every_lookup() -> None:
     grid = GRIDS[0]
     paged = PagedTable.shuffled(grid, make_flat(grid), 4096)
@@ -381,6 +414,15 @@ def test_narrowing_rounds_as_numpy_does(values: list[float]) -> None:
     narrow_all(numbers, out)
     with np.errstate(over="ignore"):
         assert (out == numbers.astype(np.float16).view(np.uint16)).all()
+
+
+def test_marks_that_cannot_be_written_are_refused() -> None:
+    grid = GRIDS[0]
+    marks = np.zeros(-(-grid.n_rows // 1024), np.uint8)
+    marks.flags.writeable = False
+    with pytest.raises(PointsError, match="marks"):
+        mark(make_points(grid, 8, np.float32), grid.level_table(), 10, marks, 0, 8)
+    assert not marks.any()
 
 
 def test_wrappers_refuse_what_kernels_would_trust() -> None:

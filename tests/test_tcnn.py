@@ -247,3 +247,75 @@ def test_a_field_of_another_layout_is_not_exported(tmp_path: Path) -> None:
             tcnn.write_params(field.store, field.encoding, tmp_path / "p.bin")
     assert (tmp_path / "p.npy").read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"f", "g", "p.npy"}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"((((",
+        b"'''abc",
+        b"  x\n y\n",
+        b"-" * 5000 + b"1",
+        b"{1:2,'a':3,b'c':4}",
+        b"{'descr':'<f4','fortran_order':False,'shape':(True,)}",
+        b"{'descr':'<f4','fortran_order':False,'shape':(%d,)}" % 2**61,
+        b"{'descr':'<f4','fortran_order':False,'shape':(%d,)}" % 10**30,
+        b"{'descr':'<f4','fortran_order':False,'shape':(-1,)}",
+    ],
+)
+def test_headers_of_npy_files_that_are_damaged_are_refused(header: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "p.npy"
+    path.write_bytes(b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(ConfigError, match=r"p\.npy"):
+        tcnn.read_params(path)
+    path.write_bytes(b"PK\x03\x04" + b"x" * 50)
+    with pytest.raises(ConfigError, match=r"p\.npy"):
+        tcnn.read_params(path)
+
+
+@pytest.mark.parametrize("parent", ["a\u0000b", "\ud800", "loop", "x" * 5000])
+def test_parents_that_cannot_be_paths_are_refused(parent: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "c.json").write_text(json.dumps({"parent": parent}))
+    with pytest.raises(ConfigError):
+        tcnn.read_config(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("scale", [10**400, 1e300, float("nan"), -1])
+def test_scales_that_are_no_float32_are_refused(scale: Any) -> None:
+    with pytest.raises(EncodingError, match="per_level_scale"):
+        tcnn.encoding_of({"encoding": {"otype": "Grid", "per_level_scale": scale}})
+
+
+@pytest.mark.parametrize("config", [[1], None, "encoding"])
+def test_what_is_no_mapping_is_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="mapping"):
+        tcnn.encoding_of(config)
+
+
+def test_a_string_without_an_end_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.json").write_text('{"a": "' + '\\"' * 200_000)
+    with pytest.raises(ConfigError, match=r"c\.json"):
+        tcnn.read_config(tmp_path / "c.json")
+
+
+def test_an_export_is_of_the_stores_own_encoding_and_harms_no_other_file(tmp_path: Path) -> None:
+    with dpnc.Field.from_tcnn(
+        tmp_path / "f", CONFIG, make_params(np.float32), budget="4MiB"
+    ) as field:
+        (tmp_path / "e.npy.unfinished").write_text("mine")
+        with pytest.raises(EncodingError, match="rows"):
+            tcnn.write_params(field.store, tcnn.encoding_of(CONFIG, 2), tmp_path / "e.npy")
+        tcnn.write_params(field.store, field.encoding, tmp_path / ("x" * 240 + ".npy"))
+
+        def fail(*_: int) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            tcnn.write_params(field.store, field.encoding, tmp_path / "e.npy", fail)
+    assert (tmp_path / "e.npy.unfinished").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "f",
+        "e.npy.unfinished",
+        "x" * 240 + ".npy",
+    }

@@ -221,8 +221,8 @@ class HashGrid:
         scale = self.per_level_scale
         if isinstance(scale, bool) or not isinstance(scale, int | float):
             raise EncodingError(f"per_level_scale={scale!r} is not a number")
-        if not (math.isfinite(scale) and scale >= 1):
-            raise EncodingError(f"per_level_scale={scale!r} is not finite and at least 1")
+        if not 1 <= scale <= float(np.finfo(np.float32).max):
+            raise EncodingError(f"per_level_scale={scale!r:.40} is not a float32 of at least 1")
         object.__setattr__(self, "per_level_scale", float(scale))
         if self.brick_edge is not None:
             self._check_brick_edge(self.brick_edge)

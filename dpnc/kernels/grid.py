@@ -81,7 +81,8 @@ def forward(
     check_array("page_table", page_table, np.int32, marks.shape)
     dtype = np.uint16 if rows.dtype == np.uint16 else np.float32
     check_array("rows", rows, dtype, (len(rows), table.n_features << page_shift))
-    check_array("out", out, np.float32, (len(x), table.n_levels * table.n_features))
+    shape = len(x), table.n_levels * table.n_features
+    check_array("out", out, np.float32, shape, is_filled=True)
     if len(rows) == 0:
         # What has no frame is read from frame 0, whatever that holds.
         rows = np.zeros((1, rows.shape[1]), rows.dtype)
@@ -134,9 +135,19 @@ def workspace_bytes(table: LevelTable) -> int:
 
 
 def check_array(
-    name: str, array: npt.NDArray[Any], dtype: npt.DTypeLike, shape: tuple[int, ...]
+    name: str,
+    array: npt.NDArray[Any],
+    dtype: npt.DTypeLike,
+    shape: tuple[int, ...],
+    *,
+    is_filled: bool = False,
 ) -> None:
-    """Raise PointsError unless `array` is C-contiguous, aligned, of this dtype and shape."""
+    """Raise PointsError unless `array` is C-contiguous, aligned, of this dtype and shape.
+
+    And writeable, if it is to be filled.
+    """
+    if is_filled and not array.flags.writeable:
+        raise PointsError(f"{name} of shape {shape} is read-only")
     if array.dtype != dtype or array.shape != shape:
         raise PointsError(f"{name} is {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
     if not (array.flags.c_contiguous and array.flags.aligned):
@@ -151,7 +162,7 @@ def _check_points(x: npt.NDArray[Any], table: LevelTable, start: int, stop: int)
 
 
 def _check_pages(table: LevelTable, page_shift: int, marks: npt.NDArray[np.uint8]) -> None:
-    check_array("marks", marks, np.uint8, (marks.size,))
+    check_array("marks", marks, np.uint8, (marks.size,), is_filled=True)
     if marks.size << page_shift < table.n_rows:
         raise PointsError(
             f"{marks.size} pages of {1 << page_shift} rows do not hold {table.n_rows} rows"

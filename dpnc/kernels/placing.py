@@ -233,4 +233,5 @@ def _n_absent(
         for lane in range(n_valid):
             row = scratch.rows[LANES * k + lane] + offset
             n_absent += page_table[row >> page_shift] < 0
-    return n_absent
+    # Another thread may have mapped all of them since they were looked up: they were missed then.
+    return max(n_absent, 1)

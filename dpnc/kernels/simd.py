@@ -124,6 +124,7 @@ def load(typing_context: Any, array: Any, at: Any) -> Any:
 def store(typing_context: Any, array: Any, at: Any, vector: Any) -> Any:
     """Let ``array[at : at + 8]`` be a vector of the array's dtype."""
     _require_line("store", array)
+    _require_mutable("store", array)
     if vector != Vector(array.dtype):
         raise TypingError(f"store takes lanes of {array.dtype}, not {vector}")
 
@@ -316,6 +317,7 @@ def look_up(typing_context: Any, table: Any, indices: Any, at: Any) -> Any:
 def set_ones(typing_context: Any, marks: Any, indices: Any, at: Any) -> Any:
     """Let ``marks[indices[at + lane]]``, of uint8, be 1 for each lane."""
     _require_line("set_ones", marks)
+    _require_mutable("set_ones", marks)
     _require_line("set_ones", indices)
 
     def generate(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -459,6 +461,11 @@ def _require_line(name: str, array: Any) -> None:
     is_line = isinstance(array, types.Array) and array.ndim == 1 and array.layout == "C"
     if not is_line:
         raise TypingError(f"{name} takes a contiguous 1-D array, not {array}")
+
+
+def _require_mutable(name: str, array: Any) -> None:
+    if not array.mutable:
+        raise TypingError(f"{name} writes, and {array} is read-only")
 
 
 def _require(name: str, vector: Any, wanted: Vector) -> None:
