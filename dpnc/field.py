@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -14,29 +13,28 @@ import numpy.typing as npt
 
 from dpnc import tcnn
 from dpnc.encoding import HashGrid
-from dpnc.errors import FieldError, FieldFormatError, HeadError, OptimizerError
+from dpnc.errors import FieldError, HeadError, OptimizerError
 from dpnc.features import FeatureReader
 from dpnc.head import Head, decode, decode_backward, n_blocks, sum_partial
-from dpnc.lookahead import LookAhead, Prefetch
-from dpnc.optim import SGD, Adam, optimizer_from_dict
+from dpnc.learned import Learned
+from dpnc.lookahead import Prefetch
+from dpnc.optim import SGD, Adam
 from dpnc.points import Points, checked_gradient, checked_points
 from dpnc.rows import TrainedRows
-from dpnc.sharing import Sharing
 from dpnc.spaces import spaces_of, write_head
-from dpnc.workers import Workers, checked_threads
+from dpnc.workers import checked_threads
 from tiers import Budget, Disk, Migration, Store
 
 Features = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 
-FIELD_FORMAT = 1
 POINTS_PER_READ = 65536
 POINTS_PER_DECODE = 16384
 POINTS_PER_BACKWARD = 65536
 POINTS_PER_THREAD_MIN = 1024
 
 
-class Field:
+class Field(Learned):
     """A field over the unit square or cube; made with `dpnc.create` or `dpnc.open`.
 
     Any number of threads may query at once; an update is seen as a whole or not at all. Updates
@@ -54,36 +52,23 @@ class Field:
     store : tiers.Store
     """
 
+    KIND = "field"
+
+    encoding: HashGrid
+    head: Head | None
+
     def __init__(self, store: Store, threads: int | None = None) -> None:
-        self.store = store
-        record = store.attributes.get("field")
-        if not isinstance(record, dict) or record.get("format") != FIELD_FORMAT:
-            found = record.get("format") if isinstance(record, dict) else None
-            what = "no field" if found is None else f"a field of format {found!r}"
-            raise FieldFormatError(
-                f"{store.path} holds {what}; this library reads format {FIELD_FORMAT}"
-            )
-        try:
-            self.encoding = HashGrid.from_dict(record["encoding"])
-            optimizer, head = record["optimizer"], record["head"]
-            self.optimizer = None if optimizer is None else optimizer_from_dict(optimizer)
-            self.head = None if head is None else Head.from_dict(head)
-            self.seed = int(record["seed"])
-            self.updates = int(record["updates"])
-        except (KeyError, TypeError, ValueError) as refused:
-            raise FieldFormatError(
-                f"{store.path}: the field's record is unreadable: {refused!r}"
-            ) from refused
-        n_threads = checked_threads(threads)
+        super().__init__(store, "features", threads)
         self._table = self.encoding.level_table()
-        self._workers = Workers(n_threads)
-        self._sharing = Sharing()
-        self._rows = TrainedRows(store, "features", self.optimizer)
         self._head_rows = None if self.head is None else TrainedRows(store, "head", self.optimizer)
         self._reader = FeatureReader(store, self._rows, self._table, self._workers)
-        self._look_ahead = LookAhead(store, self._rows.params)
-        self._n_refused = 0
         self._workspace_bytes = 0
+
+    def _read_record(self, record: Mapping[str, Any]) -> None:
+        super()._read_record(record)
+        self.encoding = HashGrid.from_dict(record["encoding"])
+        head = record["head"]
+        self.head = None if head is None else Head.from_dict(head)
 
     @staticmethod
     def from_tcnn(
@@ -99,15 +84,6 @@ class Field:
         return create(path, encoding, fill=partial(_fill, encoding, params), **options)
 
     # Reading
-
-    @property
-    def dtype(self) -> str:
-        return self._rows.params.spec.dtype
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The document of the last commit that was given one."""
-        return self.store.meta
 
     def query(self, x: Points) -> Features:
         """Interpolate the features of points.
@@ -245,54 +221,11 @@ class Field:
             self._step_features(x, grad)
             self.updates += 1
 
-    def commit(self, meta: dict[str, Any] | None = None) -> int:
-        """Make every update so far durable, with the caller's own small state.
-
-        Parameters
-        ----------
-        meta : dict, optional
-            A JSON document, at most about 1 MiB; the last one stays where None.
-
-        Returns
-        -------
-        int
-            Number of the commit.
-        """
-        with self._reading():
-            field = self.store.attributes["field"]
-            changed = field["updates"] != self.updates
-            attributes = {"field": {**field, "updates": self.updates}} if changed else None
-            return self.store.commit(attributes=attributes, meta=meta)
-
-    def abort(self) -> None:
-        """Return to the last commit."""
-        with self._sharing.writing():
-            self.store.abort()
-            self.updates = int(self.store.attributes["field"]["updates"])
-
     # Looking
 
     def stats(self) -> dict[str, Any]:
         """Return the store's counters, and sizes of the field; sizes in bytes."""
-        page_bytes = self.store.page_bytes
-        features, state = self._rows.params, self._rows.state
-        return {
-            **self.store.stats(),
-            "updates": self.updates,
-            "values_refused": self._n_refused,
-            "prefetch_failed": self._look_ahead.n_failed,
-            "field_bytes": features.n_pages * page_bytes,
-            "state_bytes": 0 if state is None else state.n_pages * page_bytes,
-            "stored_bytes": {
-                space.name: self.store.n_stored_pages(space) * page_bytes
-                for space in self.store.spaces
-            },
-            "workspace_bytes": self._workspace_bytes,
-        }
-
-    def verify(self) -> dict[str, int]:
-        """Read everything back from disk and recount the store; see `tiers.Store.check`."""
-        return self.store.check()
+        return {**super().stats(), "workspace_bytes": self._workspace_bytes}
 
     def digest(self) -> str:
         """Return SHA-256 over all rows of all spaces, hexadecimal; equal for equal contents."""
@@ -307,21 +240,6 @@ class Field:
                         digest.update(content[: n_rows * space.spec.row_bytes])
         return digest.hexdigest()
 
-    def close(self) -> None:
-        """Close the field and its store, after the calls that run; what is uncommitted is lost."""
-        if self.store.forked:
-            return
-        with self._sharing.writing():
-            self._look_ahead.close()
-            self._workers.close()
-            self.store.close()
-
-    def __enter__(self) -> Field:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return (
             f"Field({str(self.store.path)!r}, {self.encoding.n_dims}-D, "
@@ -329,15 +247,6 @@ class Field:
         )
 
     # Inside
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Hold off updates; refuse what a failed update left half-way."""
-        self.store.require_usable()
-        with self._sharing.reading():
-            self.store.require_usable()
-            self.store.require_whole()
-            yield
 
     def _need_head(self) -> tuple[Head, TrainedRows]:
         if self.head is None or self._head_rows is None:
@@ -504,7 +413,7 @@ def create(
         raise FieldError(f"seed must be an integer in 0 .. 2^63 - 1, not {seed!r}")
     checked_threads(threads)
     record = {
-        "format": FIELD_FORMAT,
+        "format": Field.FORMAT,
         "encoding": encoding.to_dict(),
         "optimizer": None if optimizer is None else optimizer.to_dict(),
         "head": None if head is None else head.to_dict(),

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from dpnc.arrays import read_array
-from dpnc.errors import FieldError, FieldFormatError, OptimizerError, TableError
-from dpnc.lookahead import LookAhead, Prefetch
-from dpnc.optim import SGD, Adam, optimizer_from_dict
+from dpnc.errors import FieldError, OptimizerError, TableError
+from dpnc.learned import Learned
+from dpnc.lookahead import Prefetch
+from dpnc.optim import SGD, Adam
 from dpnc.points import checked_gradient
 from dpnc.rows import TrainedRows
-from dpnc.sharing import Sharing
-from dpnc.workers import Workers, checked_threads
+from dpnc.workers import checked_threads
 from tiers import Budget, Constant, Disk, Migration, SpaceSpec, Store, Uniform
 
 Ids = npt.NDArray[Any]
@@ -25,13 +24,12 @@ Rows = npt.NDArray[np.float32]
 PathLike = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
-TABLE_FORMAT = 1
 IDS_PER_READ = 1 << 18
 ROWS_PER_THREAD_MIN = 4096
 PAGES_PER_LOAD = 64
 
 
-class Table:
+class Table(Learned):
     """Rows of one width, by number; made with `Table.create` or `Table.open`.
 
     For hashed embeddings, n-gram tables, memory layers: whatever computes row numbers itself. Any
@@ -56,30 +54,11 @@ class Table:
     ...     table.rows(np.array([3, 17, 3]))
     """
 
+    KIND = "table"
+
     def __init__(self, store: Store, threads: int | None = None) -> None:
-        self.store = store
-        record = store.attributes.get("table")
-        if not isinstance(record, dict) or record.get("format") != TABLE_FORMAT:
-            found = record.get("format") if isinstance(record, dict) else None
-            what = "no table" if found is None else f"a table of format {found!r}"
-            raise FieldFormatError(
-                f"{store.path} holds {what}; this library reads format {TABLE_FORMAT}"
-            )
-        try:
-            optimizer = record["optimizer"]
-            self.optimizer = None if optimizer is None else optimizer_from_dict(optimizer)
-            self.seed = int(record["seed"])
-            self.updates = int(record["updates"])
-        except (KeyError, TypeError, ValueError) as refused:
-            raise FieldFormatError(
-                f"{store.path}: the table's record is unreadable: {refused!r}"
-            ) from refused
-        self._rows = TrainedRows(store, "rows", self.optimizer)
+        super().__init__(store, "rows", threads)
         self._space = self._rows.params
-        self._workers = Workers(checked_threads(threads))
-        self._sharing = Sharing()
-        self._look_ahead = LookAhead(store, self._space)
-        self._n_refused = 0
 
     @classmethod
     def create(
@@ -139,7 +118,7 @@ class Table:
             width = optimizer.state_width(row_width)
             spaces.append(SpaceSpec("rows.state", "float32", width, n_rows, Constant()))
         record = {
-            "format": TABLE_FORMAT,
+            "format": cls.FORMAT,
             "optimizer": None if optimizer is None else optimizer.to_dict(),
             "seed": seed,
             "updates": 0,
@@ -201,15 +180,6 @@ class Table:
     @property
     def row_width(self) -> int:
         return self._space.row_width
-
-    @property
-    def dtype(self) -> str:
-        return self._space.spec.dtype
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """The document of the last commit that was given one."""
-        return self.store.meta
 
     def rows(self, ids: Ids) -> Rows:
         """Return rows.
@@ -384,63 +354,6 @@ class Table:
             self.updates += 1
         return len(values)
 
-    def commit(self, meta: dict[str, Any] | None = None) -> int:
-        """Make every change so far durable, with the caller's own small state.
-
-        Parameters
-        ----------
-        meta : dict, optional
-            A JSON document, at most about 1 MiB; the last one stays where None.
-
-        Returns
-        -------
-        int
-            Number of the commit.
-        """
-        with self._reading():
-            table = self.store.attributes["table"]
-            changed = table["updates"] != self.updates
-            attributes = {"table": {**table, "updates": self.updates}} if changed else None
-            return self.store.commit(attributes=attributes, meta=meta)
-
-    def abort(self) -> None:
-        """Return to the last commit."""
-        with self._sharing.writing():
-            self.store.abort()
-            self.updates = int(self.store.attributes["table"]["updates"])
-
-    # Looking
-
-    def stats(self) -> dict[str, Any]:
-        """Return the store's counters, and sizes of the table in bytes."""
-        page_bytes = self.store.page_bytes
-        return {
-            **self.store.stats(),
-            "updates": self.updates,
-            "values_refused": self._n_refused,
-            "prefetch_failed": self._look_ahead.n_failed,
-            "table_bytes": self._space.n_pages * page_bytes,
-            "stored_bytes": {
-                space.name: self.store.n_stored_pages(space) * page_bytes
-                for space in self.store.spaces
-            },
-        }
-
-    def close(self) -> None:
-        """Close the table and its store, after the calls that run; what is uncommitted is lost."""
-        if self.store.forked:
-            return
-        with self._sharing.writing():
-            self._look_ahead.close()
-            self._workers.close()
-            self.store.close()
-
-    def __enter__(self) -> Table:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         return (
             f"Table({str(self.store.path)!r}, {self.n_rows} rows of {self.row_width} "
@@ -448,15 +361,6 @@ class Table:
         )
 
     # Inside
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Hold off updates; refuse what a failed update left half-way."""
-        self.store.require_usable()
-        with self._sharing.reading():
-            self.store.require_usable()
-            self.store.require_whole()
-            yield
 
     def _checked(self, ids: Ids) -> npt.NDArray[np.int64]:
         checked = _whole("ids", ids)
