@@ -306,7 +306,10 @@ def _keep_float(optimizer: SGD | Adam, name: str) -> None:
     value = getattr(optimizer, name)
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)):
         raise OptimizerError(f"{name} is a number, not {value!r}")
-    object.__setattr__(optimizer, name, float(value))
+    try:
+        object.__setattr__(optimizer, name, float(value))
+    except OverflowError:  # an integer of hundreds of digits
+        raise OptimizerError(f"{name} is beyond every float: {value!r:.40}...") from None
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -431,3 +431,10 @@ def test_a_page_without_a_frame_is_caught_before_anything_changes(name):
         Adam().apply(**arguments)
     assert np.array_equal(arguments["params"].frames, before[0])
     assert np.array_equal(arguments["state"].frames, before[1])
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "beta1", "beta2", "epsilon", "momentum"])
+def test_an_integer_beyond_every_float_is_refused(name: str) -> None:
+    kind = SGD if name == "momentum" else Adam
+    with pytest.raises(OptimizerError, match=name):
+        kind(**{name: 10**400})
