@@ -232,6 +232,7 @@ class Table(Learned):
         """
         if mode not in ("sum", "mean"):
             raise TableError(f"mode must be 'sum' or 'mean', not {mode!r}")
+        ids = self._checked(ids)
         bounds = _whole("offsets", offsets)
         ends = (int(bounds[0]), int(bounds[-1])) if len(bounds) else (-1, -1)
         if ends != (0, len(ids)) or (np.diff(bounds) < 0).any():

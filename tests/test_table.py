@@ -361,6 +361,9 @@ def test_what_else_is_refused_is_named_and_changes_nothing(tmp_path: Path) -> No
             table.update(ids, np.zeros((2, WIDTH), np.float32))
         with pytest.raises(TableError, match="max"):
             table.bags(ids, np.array([0, 2]), "max")  # type: ignore[arg-type]
+        for scalar in (5, np.array(5), None):
+            with pytest.raises(TableError, match="ids"):
+                table.bags(scalar, np.array([0, 1]))  # type: ignore[arg-type]
         for offsets in ([0, 1], [1, 2], [0, 2, 1, 2], []):
             with pytest.raises(TableError, match="offsets"):
                 table.bags(ids, np.array(offsets, np.int64))
