@@ -137,6 +137,7 @@ class Allocator:
         self._commit = 0
         self._held_packs: list[tuple[int, list[int]]] = []
         self.spare: list[int] = []
+        self._settled_spare: list[int] = []
         self._cursor = 0
         self._pending: dict[int, Bitmap] = {}
         self._held: list[tuple[int, dict[int, Bitmap]]] = []
@@ -335,7 +336,7 @@ class Allocator:
         # A spare block lies in a group whose bitmap is private since it was taken.
         for block in self.spare:
             self.give_back(block, 1, None)
-        self.spare.clear()
+        self._settled_spare, self.spare = self.spare, []
         for number, freed in self._pending.items():
             bitmap = self._tree.private_bitmap(number)
             n_freed = self._books.clear_bits(bitmap, freed)
@@ -351,6 +352,21 @@ class Allocator:
                 self._emptied += firsts[was_there & ~is_left].tolist()
                 self.worn_packs.update(firsts[was_there & is_left].tolist())
                 self.worn_packs.difference_update(self._emptied)
+
+    def unsettle(self) -> None:
+        """Take `settle` back: what it freed is used until the next commit, which may then fail."""
+        for number, freed in self._pending.items():
+            bitmap = self._tree.private_bitmap(number)
+            bitmap[: BITMAP_BLOCKS // 8] |= freed
+            if number < COLD_GROUP:
+                self._used += _count(freed)
+            else:
+                self.cold_blocks += _count(freed)
+        self._emptied.clear()
+        for block in self._settled_spare:
+            number, bit = divmod(block, BITMAP_BLOCKS)
+            self._pending[number][bit >> 3] &= np.uint8(0xFF ^ (1 << (bit & 7)))
+        self.spare, self._settled_spare = self._settled_spare, []
 
     def committed(self, commit: int, oldest_reader: int | None) -> None:
         """Let what the durable commit freed be taken, once no reader is older than it.
@@ -504,14 +520,15 @@ class Allocator:
         broken = np.flatnonzero((used > 0) & (used < self.blocks_per_slot))
         if len(broken) and (self.is_thrifty or len(whole) == 0):
             # The emptiest first: what is written together then lies together.
-            rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS]
+            rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS][::-1]
         else:
+            # The last one first: the slot behind them is likely to be a page's, in one run then.
             rows = whole[: max(1, SPARE_BLOCKS // self.blocks_per_slot)]
         row_of, column_of = np.nonzero(bits[rows] == 0)
         row_of, column_of = row_of[:SPARE_BLOCKS], column_of[:SPARE_BLOCKS]
         self._mark(number, bitmap, bits, rows[row_of], column_of)
         blocks = rows[row_of] * self.blocks_per_slot + column_of + number * BITMAP_BLOCKS
-        self.spare = [int(block) for block in blocks[::-1]]
+        self.spare = blocks.tolist()
 
     def _mark(
         self,

@@ -67,7 +67,9 @@ def _check_nodes(pager: Pager) -> None:
     nodes = pager.map._nodes
     n_children = dict.fromkeys(nodes, 0)
     for node in nodes.values():
-        parent = pager.map._parent(node)
+        above = pager.map._parent_key(node.key)
+        parent = None if above is None else nodes[above]
+        assert node.parent is parent, "a cached map node has lost its parent"
         if parent is not None:
             n_children[parent.key] += 1
     counted = {key: node.n_children for key, node in nodes.items()}

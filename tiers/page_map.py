@@ -43,6 +43,8 @@ FANOUT = 1 << FANOUT_BITS
 ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
 TREE_NUMBERS = {"allocation": ALLOCATION, "spaces": SPACES, "catalogue": CATALOGUE}
 NODES_MIN = 64
+FEW_NODES = 32
+"""So few are named one by one: preparing one call for all would take longer."""
 
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
@@ -58,12 +60,20 @@ def depth_of(n_objects: int) -> int:
 
 
 class Node:
-    """A cached node or 4 KiB object: which one it is, where it lies, and its bytes."""
+    """A cached node or 4 KiB object: which one it is, where it lies, and its bytes.
 
-    __slots__ = ("block", "dirty", "frame", "key", "n_children", "raw", "version", "words")
+    `parent` is the cached node that names it, in entry `place`; None if the root does.
+    """
+
+    __slots__ = (
+        *("block", "dirty", "frame", "key", "n_children", "parent", "place", "raw", "version"),
+        "words",
+    )
 
     def __init__(self, key: Key, frame: int, raw: Bitmap, block: int, version: int) -> None:
         self.key = key
+        self.parent: Node | None = None
+        self.place = 0
         self.frame = frame
         self.raw = raw
         self.words: Words = raw.view(np.uint64).reshape(FANOUT, 2)
@@ -229,6 +239,12 @@ class PageMap:
             assert self._get(tree, level, index) is not None
             self._make_private(tree, level, index)
 
+    def set_entry(self, tree: int, index: int, entry: tuple[int, int]) -> None:
+        """Set the entry of one object, whose path becomes private."""
+        with self._changing():
+            node = self._make_private(tree, 1, index >> FANOUT_BITS)
+            node.words[index & (FANOUT - 1)] = entry
+
     def set_entries(self, tree: int, indices: Indices, entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""
         with self._changing():
@@ -337,11 +353,10 @@ class PageMap:
         assert node is not None and node.version == self.version
         if (node.words[:, 0] != ABSENT_WORD).any():
             return
-        parent = self._parent(node)
+        parent = node.parent
         assert parent is not None and not node.n_children
         is_top = level == self.depth(tree)
-        place = tree - FIRST_SPACE if is_top else index
-        parent.words[place & (FANOUT - 1)] = ABSENT_WORD
+        parent.words[node.place] = ABSENT_WORD
         parent.dirty = True
         self._drop(node.key)
         self._free_node(tree, node.block, node.version)
@@ -360,49 +375,57 @@ class PageMap:
         return total
 
     def flush(self) -> None:
-        """Write every dirty node; the tops then name the whole state.
+        """Write every dirty node; the tops then name the whole state."""
+        self.write(self.name_dirty())
 
-        Children are named before their parents are, and all are written in one batch: what is
-        there after a cut is not referred to before the root is.
+    def name_dirty(self) -> list[Node]:
+        """Name every dirty node, children before parents, and return them, to be written.
+
+        All are to be written in one batch: what is there after a cut is not referred to before the
+        root is.
         """
-        waiting: dict[tuple[int, int], list[Node]] = {}
-        for node in self._private.values():
-            if node.dirty:
-                waiting.setdefault(node.key[:2], []).append(node)
-        spaces = sorted({tree for tree, _ in waiting if tree >= FIRST_SPACE})
-        flushed: list[Node] = []
-        for tree in (*spaces, SPACES, CATALOGUE, ALLOCATION):
-            for level in range(self.depth(tree) + 1):
-                nodes = waiting.pop((tree, level), [])
-                for parent in {self._parent_key(node.key): node for node in nodes}:
-                    if parent is not None and not self._nodes[parent].dirty:
-                        self._nodes[parent].dirty = True
-                        waiting.setdefault(parent[:2], []).append(self._nodes[parent])
-                flushed += nodes
-        assert not waiting, "a dirty node has a parent that comes before it"
-        self._write_named(flushed)
+        nodes = [node for node in self._private.values() if node.dirty]
+        for node in nodes:  # it grows meanwhile
+            parent = node.parent
+            if parent is not None and not parent.dirty:
+                parent.dirty = True
+                nodes.append(parent)
+        # The tops of spaces are named in SPACES, those of the other trees in the root.
+        nodes.sort(key=lambda node: (node.key[0] < FIRST_SPACE, node.key[1]))
+        self._name(nodes)
+        return nodes
 
-    def _write_named(self, nodes: list[Node]) -> None:
-        """Name nodes, children before parents, and write them; the parents are dirty already."""
-        if not nodes:
-            return
-        assert all(node.version == self.version for node in nodes)
-        frames, blocks = np.array([(node.frame, node.block) for node in nodes], np.int64).T.copy()
-        keys = np.array([node.key for node in nodes], np.int64)
-        above = [self._parent_key(node.key) for node in nodes]
-        parents = [-1 if key is None else self._nodes[key].frame for key in above]
-        is_top = np.array([node.key[1] == self.depth(node.key[0]) for node in nodes])
-        places = np.where(is_top, keys[:, 0] - FIRST_SPACE, keys[:, 2])
-        crcs = self._sums.name_rows(
-            *(self._memory, frames, blocks),
-            self._sums.identities_of(self._store_id, keys, self.version),
-            *(np.array(parents, np.int64), places & (FANOUT - 1)),
-        )
-        for i in [i for i, key in enumerate(above) if key is None]:
-            self._name_child(nodes[i], int(crcs[i]))
-        self._write_rows(blocks, self._memory, frames)
+    def write(self, nodes: list[Node]) -> None:
+        """Write nodes that were named."""
+        if nodes:
+            blocks, rows = np.array([(node.block, node.frame) for node in nodes], np.int64).T.copy()
+            self._write_rows(blocks, self._memory, rows)
+        self.note_written(nodes)
+
+    def note_written(self, nodes: list[Node]) -> None:
+        """Note that nodes that were named have been written."""
         for node in nodes:
             node.dirty = False
+
+    def _name(self, nodes: list[Node]) -> None:
+        """Name nodes, children before parents; the parents are dirty already."""
+        assert all(node.version == self.version for node in nodes)
+        if len(nodes) <= FEW_NODES:
+            for node in nodes:
+                crc = bound_crc32c(node.raw, self._store_id, *node.key, node.version)
+                self._name_child(node, crc)
+            return
+        rows = [
+            (node.frame, node.block, above.frame if above else -1, node.place, *node.key)
+            for node in nodes
+            for above in [node.parent]
+        ]
+        columns = np.array(rows, np.int64).T.copy()
+        frames, blocks, above, places = columns[:4]
+        identities = self._sums.identities_of(self._store_id, columns[4:].T, self.version)
+        crcs = self._sums.name_rows(self._memory, frames, blocks, identities, above, places)
+        for i in np.flatnonzero(above < 0).tolist():
+            self._name_child(nodes[i], int(crcs[i]))
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -518,15 +541,16 @@ class PageMap:
         self._nodes[node.key] = node
         if node.version == self.version:
             self._private[node.key] = node
-        parent = self._parent(node)
-        if parent is not None:
-            parent.n_children += 1
+        above = self._parent_key(node.key)
+        if above is not None:
+            self._adopt(self._nodes[above], node)
         return node
 
-    def _parent(self, node: Node) -> Node | None:
-        """Return the cached node that names this one, None if the root does."""
-        key = self._parent_key(node.key)
-        return None if key is None else self._nodes[key]
+    def _adopt(self, parent: Node, node: Node) -> None:
+        tree, level, index = node.key
+        node.parent = parent
+        node.place = (index if level < self.depth(tree) else tree - FIRST_SPACE) & (FANOUT - 1)
+        parent.n_children += 1
 
     def _parent_key(self, key: Key) -> Key | None:
         """Return which node names this one, None if the root does."""
@@ -537,15 +561,14 @@ class PageMap:
 
     def _name_child(self, node: Node, crc: int) -> None:
         """Write a node's entry where its parent keeps it; the parent is private already."""
-        tree, level, index = node.key
+        tree = node.key[0]
         entry = pack_entry(node.block, node.version, crc)
-        parent = self._parent(node)
+        parent = node.parent
         if parent is None:
             self.tops[tree].word0, self.tops[tree].word1 = entry
             return
         assert parent.version == self.version
-        place = index if level < self.depth(tree) else tree - FIRST_SPACE
-        parent.words[place & (FANOUT - 1)] = entry
+        parent.words[node.place] = entry
         parent.dirty = True
 
     def _cover(self, tree: int, index: int) -> None:
@@ -561,7 +584,9 @@ class PageMap:
             node = self._new_node((tree, top.depth, 0), frame)
             # Before a block is taken: that may descend from this very node.
             node.words[0] = had
-            node.n_children = int((tree, top.depth - 1, 0) in self._nodes)
+            below = self._nodes.get((tree, top.depth - 1, 0))
+            if below is not None:
+                self._adopt(node, below)
             node.block = self._take_block()
             self._name_child(node, 0)
 
@@ -570,18 +595,17 @@ class PageMap:
         if not self._free_frames:
             oldest = next(n for n in self._nodes.values() if not n.n_children and n.block >= 0)
             if oldest.dirty:
-                parent = self._parent(oldest)
-                if parent is not None:
-                    parent.dirty = True
-                self._write_named([oldest])
+                if oldest.parent is not None:
+                    oldest.parent.dirty = True
+                self._name([oldest])
+                self.write([oldest])
             self._drop(oldest.key)
         return self._free_frames.pop()
 
     def _drop(self, key: Key) -> None:
         node = self._nodes[key]
-        parent = self._parent(node)
-        if parent is not None:
-            parent.n_children -= 1
+        if node.parent is not None:
+            node.parent.n_children -= 1
         del self._nodes[key]
         self._private.pop(key, None)
         self._free_frames.append(node.frame)

@@ -170,7 +170,7 @@ class Root:
             _RANGE.pack_into(block, _ABANDONED_OFFSET + i * _RANGE.size, *versions)
         block[_OUTLINE_OFFSET : _OUTLINE_OFFSET + len(self.outline)] = self.outline
         _HEAD.pack_into(block, 0, MAGIC, format_version, google_crc32c.value(bytes(block)))
-        return np.frombuffer(bytes(block) * 2, np.uint8).copy()
+        return np.frombuffer(block * 2, np.uint8)
 
 
 def encode_outline(spaces: dict[str, Any], attributes: dict[str, Any]) -> bytes:

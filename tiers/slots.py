@@ -218,7 +218,9 @@ class SlotFile:
             return CorruptionError(f"the page file is cut short: {refused}")
         return StoreIOError(refused.errno, f"reading {self.file.path} failed: {refused.strerror}")
 
-    def write_blocks(self, blocks: Sequence[int], buffers: Sequence[Bytes]) -> None:
+    def write_blocks(
+        self, blocks: Sequence[int], buffers: Sequence[Bytes], *, in_flight: int = IN_FLIGHT
+    ) -> None:
         """Write a buffer at each of these blocks; durable after `sync`.
 
         Raises
@@ -227,7 +229,9 @@ class SlotFile:
             If the operating system refuses; any part may have been written.
         """
         try:
-            self._disk.write_batch(self.file, [block * BLOCK_BYTES for block in blocks], buffers)
+            self._disk.write_batch(
+                self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight
+            )
         except OSError as refused:
             raise _typed(refused, f"writing {self.file.path}") from refused
         self.bytes_written += sum(len(buffer) for buffer in buffers)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import google_crc32c
@@ -33,16 +34,7 @@ from tiers.slots import SlotFile
 
 _TAG = struct.Struct("<IIQQII")
 _SLOT = struct.Struct("<Q")
-_FIELDS = np.dtype(
-    [
-        ("crc", "<u4"),
-        ("space", "<u4"),
-        ("page", "<u8"),
-        ("version", "<u8"),
-        ("page_crc", "<u4"),
-        ("zero", "<u4"),
-    ]
-)
+_CRC = struct.Struct("<I")
 TAGS_A_BLOCK = BLOCK_BYTES // TAG_BYTES
 CACHED_BLOCKS = 10
 NOTED_MAX = 600
@@ -93,6 +85,7 @@ class Tags:
         self._sums = sums
         self._slots = slots
         self._store_id = store_id
+        self._store_words = np.frombuffer(store_id, "<u4")
         self._per_slot = slots.page_bytes // BLOCK_BYTES
         self._memory = aligned_buffer(CACHED_BLOCKS, BLOCK_BYTES)
         self._free = list(range(CACHED_BLOCKS))
@@ -115,8 +108,9 @@ class Tags:
         StoreIOError, StoreFullError
             If there were many and the operating system refuses to write them; they are remembered.
         """
-        versions = np.full_like(blocks, version)
-        self._noted.append(np.stack([blocks, spaces, pages, versions, crcs]))
+        noted = np.empty((5, len(blocks)), np.int64)
+        noted[0], noted[1], noted[2], noted[3], noted[4] = blocks, spaces, pages, version, crcs
+        self._noted.append(noted)
         if sum(columns.shape[1] for columns in self._noted) >= NOTED_MAX:
             self.write_noted()
 
@@ -134,29 +128,70 @@ class Tags:
         """
         if not self._noted:
             return
-        columns = np.concatenate(self._noted, axis=1)
-        # Of the tags of one slot the last one counts.
-        _, last = np.unique(columns[0, ::-1], return_index=True)
-        blocks, *rest = columns[:, columns.shape[1] - 1 - last]
-        tags = self._encoded(blocks, *rest)
-        self._write(blocks, tags)
-        self._noted.clear()
-
-    def _write(self, blocks: Columns, tags: Bytes) -> None:
-        tag_blocks, offsets = self._places(blocks)
-        rows = offsets // TAG_BYTES
+        tag_blocks, rows, tags = self._last_of_each_slot()
         todo = np.unique(tag_blocks).tolist()
         for start in range(0, len(todo), CACHED_BLOCKS):
             wave = todo[start : start + CACHED_BLOCKS]
-            buffers = self._load(wave)
-            for block, buffer in zip(wave, buffers, strict=True):
-                chosen = tag_blocks == block
-                buffer.reshape(TAGS_A_BLOCK, TAG_BYTES)[rows[chosen]] = tags[chosen]
-            try:
-                self._slots.write_blocks(wave, buffers)
-            except BaseException:
-                self._forget(wave)
-                raise
+            with self._changing(wave):
+                self._slots.write_blocks(wave, self._filled(wave, tag_blocks, rows, tags))
+        self._noted.clear()
+
+    @contextmanager
+    def placed(self, tags: list[Tag]) -> Iterator[tuple[list[int], list[Bytes]]]:
+        """Let the caller write a few tags, beside other things; what was noted is written first.
+
+        Yields
+        ------
+        blocks : list of int
+        buffers : list of uint8 arrays (4096,)
+            What is to be written there.
+
+        Raises
+        ------
+        StoreIOError, StoreFullError
+            If the operating system refuses; what was noted is still noted.
+        """
+        assert len(tags) <= CACHED_BLOCKS
+        self.write_noted()
+        places = [self._place(tag.block // self._per_slot) for tag in tags]
+        blocks = sorted({block for block, _ in places})
+        buffers = dict(zip(blocks, self._load(blocks), strict=True))
+        with self._changing(blocks):
+            for tag, (block, offset) in zip(tags, places, strict=True):
+                raw = np.frombuffer(self._encode(tag), np.uint8)
+                buffers[block][offset : offset + TAG_BYTES] = raw
+            yield blocks, list(buffers.values())
+
+    def _last_of_each_slot(self) -> tuple[Columns, Columns, Bytes]:
+        """Return block and row in it of each tag that was noted, and the tag, uint8 (n, 32)."""
+        columns = self._noted[0] if len(self._noted) == 1 else np.concatenate(self._noted, axis=1)
+        blocks = columns[0]
+        if len(self._noted) > 1:
+            # Of the tags of one slot the last one counts.
+            _, last = np.unique(blocks[::-1], return_index=True)
+            columns = columns[:, columns.shape[1] - 1 - last].copy()
+            blocks = columns[0]
+        tag_blocks, offsets = self._places(blocks)
+        return tag_blocks, offsets // TAG_BYTES, self._encoded(*columns)
+
+    def _filled(
+        self, wave: list[int], tag_blocks: Columns, rows: Columns, tags: Bytes
+    ) -> list[Bytes]:
+        """Return the content of these blocks with the tags entered that belong there."""
+        buffers = self._load(wave)
+        for block, buffer in zip(wave, buffers, strict=True):
+            chosen = tag_blocks == block
+            buffer.reshape(TAGS_A_BLOCK, TAG_BYTES)[rows[chosen]] = tags[chosen]
+        return buffers
+
+    @contextmanager
+    def _changing(self, blocks: list[int]) -> Iterator[None]:
+        """Forget blocks whose writing failed: the cache may not be what the device has."""
+        try:
+            yield
+        except BaseException:
+            self._forget([block for block in blocks if block in self._cached])
+            raise
 
     def read_all(self, file_blocks: int) -> Iterator[Tag]:
         """Yield every whole tag of slots below block `file_blocks`."""
@@ -207,6 +242,13 @@ class Tags:
         in_group, rest = np.divmod(within // self._per_slot, TAGS_A_BLOCK)
         return first + in_group, rest * TAG_BYTES
 
+    def _place(self, slot: int) -> tuple[int, int]:
+        """Return the block with the tag of a slot, and the offset of the tag in it."""
+        number, within = divmod(slot, BITMAP_BLOCKS // self._per_slot)
+        in_group, rest = divmod(within, TAGS_A_BLOCK)
+        first = number * BITMAP_BLOCKS if number else self._per_slot
+        return first + in_group, rest * TAG_BYTES
+
     def _first_slot(self, block: int) -> int:
         """Return the first of the slots whose tags are in a block of tags."""
         number = block // BITMAP_BLOCKS
@@ -218,16 +260,21 @@ class Tags:
         for block in blocks:
             if block in self._cached:
                 self._cached.move_to_end(block)
+        if missing:
+            self._read(missing)
+        return [self._memory[self._cached[block]] for block in blocks]
+
+    def _read(self, blocks: list[int]) -> None:
+        """Read blocks into the cache, in place of those used longest ago."""
         frames = []
-        for _ in missing:
+        for _ in blocks:
             frames.append(self._free.pop() if self._free else self._cached.popitem(last=False)[1])
         try:
-            self._slots.read_blocks(missing, [self._memory[frame] for frame in frames])
+            self._slots.read_blocks(blocks, [self._memory[frame] for frame in frames])
         except BaseException:
             self._free.extend(frames)
             raise
-        self._cached.update(zip(missing, frames, strict=True))
-        return [self._memory[self._cached[block]] for block in blocks]
+        self._cached.update(zip(blocks, frames, strict=True))
 
     def _forget(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -237,17 +284,26 @@ class Tags:
         self, blocks: Columns, spaces: Columns, pages: Columns, versions: Columns, crcs: Columns
     ) -> Bytes:
         """Return tags, uint8 (n, 32)."""
-        tags = np.zeros(len(blocks), _FIELDS)
-        tags["space"], tags["page"], tags["version"] = spaces, pages, versions
-        tags["page_crc"] = crcs
-        raw = tags.view(np.uint8).reshape(-1, TAG_BYTES)
+        n = len(blocks)
         # What `_decode` sums: the tag without its checksum, and where it belongs.
-        summed = np.empty((len(blocks), TAG_BYTES - 4 + 24), np.uint8)
-        summed[:, :-24] = raw[:, 4:]
-        summed[:, -24:-8] = np.frombuffer(self._store_id, np.uint8)
-        summed[:, -8:] = (blocks // self._per_slot).astype("<u8").view(np.uint8).reshape(-1, 8)
-        tags["crc"] = self._sums.sum_rows(summed)
-        return raw
+        summed = np.empty((n, (TAG_BYTES - 4 + 24) // 4), "<u4")
+        summed[:, 0] = spaces
+        summed[:, 1:3] = pages.view("<u4").reshape(n, 2)
+        summed[:, 3:5] = versions.view("<u4").reshape(n, 2)
+        summed[:, 5] = crcs
+        summed[:, 6] = 0
+        summed[:, 7:11] = self._store_words
+        summed[:, 11:] = (blocks // self._per_slot).view("<u4").reshape(n, 2)
+        tags = np.empty((n, TAG_BYTES // 4), "<u4")
+        tags[:, 0] = self._sums.sum_rows(summed.view(np.uint8))
+        tags[:, 1:] = summed[:, :7]
+        return tags.view(np.uint8)
+
+    def _encode(self, tag: Tag) -> bytes:
+        """Return one tag as `_encoded` returns many."""
+        fields = _TAG.pack(0, tag.space, tag.page, tag.version, tag.crc, 0)[4:]
+        slot = tag.block // self._per_slot
+        return _CRC.pack(google_crc32c.value(fields + self._identity(slot))) + fields
 
     def _decode(self, raw: bytes, slot: int) -> Tag | None:
         crc, space, page, version, page_crc, _ = _TAG.unpack(raw)

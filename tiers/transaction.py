@@ -12,14 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, PACK_BLOCKS
 from tiers.catalogue import Catalogue, Snapshot
 from tiers.condition import Condition
-from tiers.errors import CorruptionError, PageIndexError, SpaceError, TierError, UncommittedError
+from tiers.errors import (
+    CorruptionError,
+    PageIndexError,
+    SpaceError,
+    StoreFullError,
+    StoreIOError,
+    TierError,
+    UncommittedError,
+)
 from tiers.files import StoreFiles
 from tiers.leftovers import blot_out
-from tiers.page_map import CATALOGUE, FIRST_SPACE, SPACES, TREE_NUMBERS, blocks_of, depth_of
+from tiers.page_map import (
+    CATALOGUE,
+    FIRST_SPACE,
+    SPACES,
+    TREE_NUMBERS,
+    Node,
+    blocks_of,
+    depth_of,
+)
 from tiers.pager import Pager, Request
 from tiers.root import (
     ABANDONED_MAX,
@@ -33,6 +50,10 @@ from tiers.saved_trees import DAMAGE, SavedTrees
 from tiers.space import Space, SpaceSpec
 
 MANY = 1 << 62
+TOGETHER_PAGES = 10
+"""A commit of so few pages writes them with its nodes, in one batch."""
+
+Indices = npt.NDArray[np.int64]
 
 
 class Transaction:
@@ -66,6 +87,8 @@ class Transaction:
         self.counts = {"commits": 0, "aborts": 0}
         self._version = self.root.next_version
         self._catalogue_bytes = self.root.catalogue_bytes
+        # A catalogue, and what `_encoded` returns for it.
+        self._document: tuple[Catalogue | None, bytes, bytes] = (None, b"", b"")
         self._abandoned: list[Range] = []
         self._rolled_back: list[Range] = []
         self._dropped: dict[int, Space] = {}
@@ -256,48 +279,36 @@ class Transaction:
         """Make the transaction durable; see `Store.commit`."""
         if not self.is_changed and attributes is None and meta is None:
             return self.root
-        catalogue = replace(
-            self.catalogue,
-            attributes=self.catalogue.attributes if attributes is None else attributes,
-            meta=self.catalogue.meta if meta is None else meta,
-        )
+        catalogue = self.catalogue
+        if attributes is not None:
+            catalogue = replace(catalogue, attributes=attributes)
+        if meta is not None:
+            catalogue = replace(catalogue, meta=meta)
         return self.commit_catalogue(catalogue)
 
     def commit_catalogue(self, catalogue: Catalogue) -> Root:
         """Make the transaction durable with this catalogue, even if nothing else has changed."""
         pager, allocator = self._pager, self._pager.allocator
         cold_blocks = allocator.cold_blocks - allocator.waiting_cold_blocks
-        catalogue = replace(catalogue, cold_blocks=cold_blocks)
-        content = catalogue.encode()
+        if cold_blocks != catalogue.cold_blocks:
+            catalogue = replace(catalogue, cold_blocks=cold_blocks)
+        content, outline = self._encoded(catalogue)
         with self._condition.guarding("commit"):
             self.begin_change()
             self._reserve_pieces(len(content))
-            pager.write_pages(np.flatnonzero(pager.frames.dirty))
-            if pager.tags is not None:
-                pager.tags.write_noted()
+        dirty = np.flatnonzero(pager.frames.dirty)
+        state = catalogue, content, outline
+        if len(dirty) > TOGETHER_PAGES or self._are_many_abandoned():
+            root = self._write_apart(dirty, *state)
+        else:
+            root = self._write_together(dirty, *state) or self._write_apart(dirty, *state)
         with self._condition.poisoning("commit"):
-            self._write_catalogue(content)
-            allocator.settle()
-            pager.map.flush()
-            root = Root(
-                self.root.store_id,
-                pager.page_bytes,
-                self.root.commit + 1,
-                allocator.file_blocks,
-                len(content),
-                {name: pager.map.tops[tree] for name, tree in TREE_NUMBERS.items()},
-                version=self._version,
-                next_version=self._version + 1,
-                used_blocks=allocator.used_blocks,
-                abandoned=self._abandoned_now(),
-                has_tags=self.root.has_tags,
-                has_cold=catalogue.next_pack > 0,
-                outline=encode_outline(catalogue.outline(), catalogue.attributes),
-            )
-            self._files.slots.sync()
-            self._files.write_root(root)
             self.root = root
-            self.catalogue = Catalogue.decode(content)
+            if catalogue is not self._document[0]:
+                # What is kept shares nothing with what the caller may change.
+                catalogue = Catalogue.decode(content)
+            self._document = catalogue, content, outline
+            self.catalogue = catalogue
             self.counts["commits"] += 1
             self._version = root.next_version
             self._abandoned.clear()
@@ -310,13 +321,100 @@ class Transaction:
         self.remove_dead_packs()
         return root
 
+    def _encoded(self, catalogue: Catalogue) -> tuple[bytes, bytes]:
+        """Return a catalogue as a commit writes it, and its outline."""
+        known, content, outline = self._document
+        if catalogue is known:
+            return content, outline
+        return catalogue.encode(), encode_outline(catalogue.outline(), catalogue.attributes)
+
+    def _write_apart(
+        self, dirty: Indices, catalogue: Catalogue, content: bytes, outline: bytes
+    ) -> Root:
+        """Make a state durable: pages, then tags, then what names them; return its root.
+
+        A page or a tag that cannot be written leaves the transaction as it was; from then on a
+        failure leaves memory and device in doubt of each other.
+        """
+        pager = self._pager
+        with self._condition.guarding("commit"):
+            pager.write_pages(dirty)
+            if pager.tags is not None:
+                pager.tags.write_noted()
+        with self._condition.poisoning("commit"):
+            nodes, root = self._settled(catalogue, content, outline)
+            pager.map.write(nodes)
+            pager.slots.sync()
+            self._files.write_root(root)
+            pager.map.note_written(nodes)
+        return root
+
+    def _write_together(
+        self, dirty: Indices, catalogue: Catalogue, content: bytes, outline: bytes
+    ) -> Root | None:
+        """Make a state with few dirty pages durable, all in one batch; return its root.
+
+        None where the device refuses any of that. The transaction is as it was then, and
+        `_write_apart` tells what was refused.
+        """
+        pager = self._pager
+        with self._condition.guarding("commit"):
+            try:
+                blocks, contents, tags = pager.name_few(dirty)
+                with pager.placed_tags(tags) as (tag_blocks, tag_contents):
+                    with self._condition.poisoning("commit"):
+                        nodes, root = self._settled(catalogue, content, outline)
+                    blocks += [*tag_blocks, *(node.block for node in nodes)]
+                    contents += [*tag_contents, *(node.raw for node in nodes)]
+                    try:
+                        # Few runs take longer in several threads than one after the other.
+                        pager.slots.write_blocks(blocks, contents, in_flight=1)
+                    except TierError:
+                        pager.allocator.unsettle()
+                        raise
+            except (StoreIOError, StoreFullError):
+                return None
+        with self._condition.poisoning("commit"):
+            # Nothing but system calls between the write and the root: it is cold code after each.
+            pager.slots.sync()
+            self._files.write_root(root)
+            pager.map.note_written(nodes)
+            with pager.mutex:
+                pager.frames.dirty[dirty] = False
+        return root
+
+    def _settled(
+        self, catalogue: Catalogue, content: bytes, outline: bytes
+    ) -> tuple[list[Node], Root]:
+        """Let bitmaps and nodes say what the next commit has; return what is to be written."""
+        page_map, allocator = self._pager.map, self._pager.allocator
+        self._write_catalogue(content)
+        allocator.settle()
+        nodes = page_map.name_dirty()
+        root = Root(
+            self.root.store_id,
+            self._pager.page_bytes,
+            self.root.commit + 1,
+            allocator.file_blocks,
+            len(content),
+            {name: page_map.tops[tree] for name, tree in TREE_NUMBERS.items()},
+            version=self._version,
+            next_version=self._version + 1,
+            used_blocks=allocator.used_blocks,
+            abandoned=self._abandoned_now(),
+            has_tags=self.root.has_tags,
+            has_cold=catalogue.next_pack > 0,
+            outline=outline,
+        )
+        return nodes, root
+
     def _abandoned_now(self) -> tuple[Range, ...]:
         """Return the versions whose tags are not to be believed, few enough for a root."""
         tags = self._pager.tags
         if tags is None:
             return ()
         abandoned = merge_ranges([*self.root.abandoned, *self._abandoned])
-        if len(abandoned) + len(self._rolled_back) > ABANDONED_MAX:
+        if self._are_many_abandoned():
             # To the end of the file, which an abort or a compaction may have left behind where the
             # store grows again later: what is not blotted out there would be believed then.
             tags.clear(abandoned, self._pager.slots.size_blocks())
@@ -327,6 +425,11 @@ class Transaction:
         # Commits that are rolled back are the newest ones until this one is durable: their tags
         # stay.
         return merge_ranges([*abandoned, *self._rolled_back])
+
+    def _are_many_abandoned(self) -> bool:
+        """Return whether tags must be blotted out for the list to fit into a root."""
+        abandoned = merge_ranges([*self.root.abandoned, *self._abandoned])
+        return len(abandoned) + len(self._rolled_back) > ABANDONED_MAX
 
     def _may_be_used(self, pack: int) -> bool:
         """Return whether the transaction or a snapshot refers to a pack, as far as bitmaps say."""
@@ -427,6 +530,9 @@ class Transaction:
     def _write_catalogue(self, content: bytes) -> None:
         """Put the catalogue into the map, in place of the one that is there."""
         n_pieces = -(-len(content) // BLOCK_BYTES)
+        if content is self._document[1] and n_pieces == self._catalogue_pieces_reserved:
+            return  # it is there
+        self._document = (None, b"", b"")
         for piece in range(n_pieces):
             part = content[piece * BLOCK_BYTES : (piece + 1) * BLOCK_BYTES]
             raw = self._pager.map.private_object(CATALOGUE, piece)
@@ -435,6 +541,7 @@ class Transaction:
         n_before = max(-(-self._catalogue_bytes // BLOCK_BYTES), self._catalogue_pieces_reserved)
         for piece in range(n_pieces, n_before):
             self._pager.map.remove_object(CATALOGUE, piece)
+        self._catalogue_pieces_reserved = n_pieces
 
     def _reserve_pieces(self, size_bytes: int) -> None:
         """Take what every commit writes anyway, so that a commit allocates nothing."""

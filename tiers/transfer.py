@@ -115,7 +115,8 @@ class Batch:
                     f"{buffer.dtype} {buffer.shape} with strides {buffer.strides}"
                 )
         # Lists: for a batch of a few pages numpy's calls cost more than the loop.
-        order = [i for i in sorted(range(len(offsets)), key=offsets.__getitem__) if len(buffers[i])]
+        sizes = [buffer.size for buffer in buffers]
+        order = [i for i in sorted(range(len(offsets)), key=offsets.__getitem__) if sizes[i]]
         self.offsets = [int(offsets[i]) for i in order]
         self.buffers = [buffers[i] for i in order]
         # To pwritev2 an offset of -1 is the file's own position.
@@ -123,11 +124,13 @@ class Batch:
             raise ValueError(f"an offset must not be negative: {self.offsets[0]}")
         self.starts: list[int] = []
         end = 0
-        for number, (offset, buffer) in enumerate(zip(self.offsets, self.buffers, strict=True)):
-            in_run = number - self.starts[-1] if self.starts else RUN_BUFFERS_MAX
+        in_run = RUN_BUFFERS_MAX
+        for number, offset in enumerate(self.offsets):
             if offset != end or in_run == RUN_BUFFERS_MAX:
                 self.starts.append(number)
-            end = offset + len(buffer)
+                in_run = 0
+            in_run += 1
+            end = offset + sizes[order[number]]
 
     def runs(self) -> list[Run]:
         """Return the runs."""

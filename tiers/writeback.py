@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import numpy as np
 import numpy.typing as npt
 
 from tiers.allocator import BLOCK_BYTES, Allocator
-from tiers.checksum import bound_crcs32c, identity_words
+from tiers.checksum import bound_crc32c, bound_crcs32c, identity_words
 from tiers.disk import Bytes
 from tiers.errors import StoreFullError, StoreIOError
 from tiers.frames import Frames
@@ -26,13 +26,14 @@ from tiers.page_map import (
     are_private,
     blocks_of,
     pack_entries,
+    pack_entry,
     unpack_entry,
 )
 from tiers.placement import Placement
 from tiers.requests import Request
 from tiers.slots import SlotFile, fill_rows
 from tiers.space import Space
-from tiers.tags import Tags
+from tiers.tags import Tag, Tags
 
 Indices = npt.NDArray[np.int64]
 
@@ -179,6 +180,35 @@ class Writeback:
             self.map.set_entries(FIRST_SPACE + number, pages[chosen], entries[chosen])
         with self.mutex:
             books.dirty[frames] = False
+
+    def name_few(self, frames: Indices) -> tuple[list[int], list[Bytes], list[Tag]]:
+        """Name frames, which nobody changes, before they are written. I/O lock held.
+
+        Returns
+        -------
+        blocks : list of int
+        contents : list of uint8 arrays
+            What is to be written there.
+        tags : list of Tag
+            To be written with them, see `placed_tags`.
+        """
+        books, version = self.frames, self.map.version
+        blocks, contents, tags = books.block[frames].tolist(), [], []
+        names = zip(books.space[frames].tolist(), books.page[frames].tolist(), strict=True)
+        for frame, block, (number, page) in zip(frames.tolist(), blocks, names, strict=True):
+            tree, content = FIRST_SPACE + number, books.arena[frame]
+            crc = bound_crc32c(content, self.store_id, tree, 0, page, version)
+            self.map.set_entry(tree, page, pack_entry(block, version, crc))
+            contents.append(content)
+            tags.append(Tag(block, number, page, version, crc))
+        return blocks, contents, tags
+
+    def placed_tags(self, tags: list[Tag]) -> AbstractContextManager[tuple[list[int], list[Bytes]]]:
+        """See `Tags.placed`; nothing in a store without tags."""
+        if self.tags is None:
+            return nullcontext(([], []))
+        self.has_written_tags |= bool(tags)
+        return self.tags.placed(tags)
 
     def _identities(self, spaces: Indices, pages: Indices) -> Words:
         """Return what follows each page in its checksum, uint64 (n, 6)."""
