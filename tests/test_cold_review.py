@@ -237,9 +237,9 @@ def test_a_root_that_the_device_lost_leaves_the_commit_before_it_whole(is_cold):
         write(store, space, ALL[:100], step=2)
     write_root = store._files.write_root
 
-    def lose(root):
+    def lose(root, copies):
         disk.inject(Fault(1, silent="lose", kinds=("write",)))
-        write_root(root)
+        write_root(root, copies)
         disk.inject(None)
 
     store._files.write_root = lose

@@ -67,8 +67,8 @@ def forget_slot_sync(patch):
 
 
 def forget_root_sync(patch):
-    def write_root(self, root):
-        self._disk.write_batch(self._root_file, [root.slot_offset()], [root.encode()])
+    def write_root(self, root, copies):
+        self._disk.write_batch(self._root_file, [root.slot_offset()], [copies])
         self.root = root
 
     patch.setattr(StoreFiles, "write_root", write_root)
@@ -77,8 +77,8 @@ def forget_root_sync(patch):
 def write_root_before_the_slots_are_synced(patch):
     sync, write_root = SlotFile.sync, StoreFiles.write_root
 
-    def root_first(self, root):
-        write_root(self, root)
+    def root_first(self, root, copies):
+        write_root(self, root, copies)
         sync(self.slots)
 
     patch.setattr(SlotFile, "sync", lambda self: None)
@@ -126,10 +126,10 @@ def remove_packs_before_the_commit_that_empties_them(patch):
         settle(self)
         emptied[:] = self._emptied
 
-    def remove_first(self, root):
+    def remove_first(self, root, copies):
         packs = self.slots.packs
         packs.remove_dead([packs.pack_of(block) for block in emptied])
-        write_root(self, root)
+        write_root(self, root, copies)
 
     patch.setattr(Allocator, "settle", settle_and_note)
     patch.setattr(StoreFiles, "write_root", remove_first)

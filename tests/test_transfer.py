@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 from tiers import OsDisk, transfer, wave
 from tiers.disk import OsFile, aligned_buffer
-from tiers.transfer import IN_FLIGHT_MAX, RUN_BUFFERS_MAX, Batch
+from tiers.transfer import IN_FLIGHT_MAX, RUN_BUFFERS_MAX, plan_runs
 
 BLOCK = 4096
 N_BLOCKS = 48
@@ -187,7 +187,7 @@ def test_runs_join_neighbours_in_the_order_of_the_file(ends: list[int], random: 
     spans = [span for span in itertools.pairwise(sorted(ends)) if random.random() < 0.9]
     random.shuffle(spans)
     memory = np.zeros(N_BLOCKS * BLOCK, np.uint8)
-    runs = Batch([a for a, _ in spans], [memory[a:b] for a, b in spans]).runs()
+    runs = plan_runs([a for a, _ in spans], [memory[a:b] for a, b in spans])
     found: list[tuple[int, int]] = []
     for run in runs:
         assert 1 <= len(run.buffers) <= RUN_BUFFERS_MAX

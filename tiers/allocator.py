@@ -368,15 +368,8 @@ class Allocator:
             self._pending[number][bit >> 3] &= np.uint8(0xFF ^ (1 << (bit & 7)))
         self.spare, self._settled_spare = self._settled_spare, []
 
-    def committed(self, commit: int, oldest_reader: int | None) -> None:
-        """Let what the durable commit freed be taken, once no reader is older than it.
-
-        Parameters
-        ----------
-        commit : int
-        oldest_reader : int or None
-            The oldest commit that somebody reads; None if nobody does.
-        """
+    def committed(self, commit: int) -> None:
+        """Hold what the durable commit freed, for `release`."""
         freed = {number: bits for number, bits in self._pending.items() if number < COLD_GROUP}
         self._pending = {}
         self._commit = commit
@@ -391,10 +384,24 @@ class Allocator:
                 for number, bits in before.items():
                     freed[number] = freed[number] | bits if number in freed else bits
                 self._held[1] = (commit, freed)
-        self.release(oldest_reader)
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether there is anything for `release`."""
+        return bool(self._held or self._held_packs)
+
+    @property
+    def is_holding_packs(self) -> bool:
+        return bool(self._held_packs)
 
     def release(self, oldest_reader: int | None) -> None:
-        """Let be taken what no reader can refer to any more; see `committed`."""
+        """Let be taken what commits freed that no reader is older than.
+
+        Parameters
+        ----------
+        oldest_reader : int or None
+            The oldest commit that somebody reads; None if nobody does.
+        """
         while self._held and (oldest_reader is None or oldest_reader >= self._held[0][0]):
             _, freed = self._held.pop(0)
             for number in freed:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tiers.errors import (
@@ -75,39 +75,62 @@ class Condition:
         if self.broken is not None:
             raise TransactionBrokenError(f"{self.broken}; abort() returns to the last commit")
 
-    @contextmanager
-    def guarding(self, action: str) -> Iterator[None]:
+    def guarding(self, action: str) -> AbstractContextManager[None]:
         """Refuse everything after a failure that is not one of ours.
 
         An interrupt or a lack of memory may have struck between any two steps. What looks damaged
         to a reader whom the writer went on without is not.
         """
-        try:
-            yield
-        except CorruptionError as damage:
-            if self._is_expired():
-                raise SnapshotExpiredError(
-                    f"{self._path}: the writer has reused what this reader reads; refresh() goes "
-                    "on to the newest commit"
-                ) from damage
-            raise
-        except TierError:
-            raise
-        except BaseException as failure:
-            self.poison_by(action, failure)
-            raise
+        return _Guarding(self, action)
 
     def poison_by(self, action: str, failure: BaseException) -> None:
         """Refuse everything from now on, because a failure may have struck between two steps."""
         self.poison = self.poison or f"{action} was cut short by {failure!r}"
 
-    @contextmanager
-    def poisoning(self, action: str) -> Iterator[None]:
+    def poisoning(self, action: str) -> AbstractContextManager[None]:
         """Refuse everything from the first failure inside the block on."""
-        try:
-            yield
-        except BaseException as failure:
-            self.poison = f"{action} failed: {failure}"
-            if isinstance(failure, OSError):
-                raise StorePoisonedError(f"{self._path}: {self.poison}; reopen it") from failure
-            raise
+        return _Poisoning(self, action)
+
+    def _explain(self, damage: CorruptionError) -> None:
+        """Raise what `damage` is to a reader who has expired."""
+        if self._is_expired():
+            raise SnapshotExpiredError(
+                f"{self._path}: the writer has reused what this reader reads; refresh() goes on to "
+                "the newest commit"
+            ) from damage
+
+    def _poison_for_good(self, action: str, failure: BaseException) -> None:
+        self.poison = f"{action} failed: {failure}"
+        if isinstance(failure, OSError):
+            raise StorePoisonedError(f"{self._path}: {self.poison}; reopen it") from failure
+
+
+class _Guarding(AbstractContextManager[None]):
+    """See `Condition.guarding`; a class, because every claim and commit enters one or more."""
+
+    __slots__ = ("_action", "_condition")
+
+    def __init__(self, condition: Condition, action: str) -> None:
+        self._condition = condition
+        self._action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        if failure is None:
+            return
+        if isinstance(failure, CorruptionError):
+            self._condition._explain(failure)
+        elif not isinstance(failure, TierError):
+            self._condition.poison_by(self._action, failure)
+
+
+class _Poisoning(_Guarding):
+    """See `Condition.poisoning`."""
+
+    __slots__ = ()
+
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        if failure is not None:
+            self._condition._poison_for_good(self._action, failure)

@@ -25,7 +25,7 @@ import numpy as np
 
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, tag_slots
 from tiers.catalogue import Catalogue
-from tiers.disk import Disk, File, Mode
+from tiers.disk import Bytes, Disk, File, Mode
 from tiers.errors import (
     CorruptionError,
     NotAStoreError,
@@ -341,9 +341,12 @@ class StoreFiles:
             self._disk.write_batch(self._root_file, [offset], [both_copies])
             self._disk.sync(self._root_file)
 
-    def write_root(self, root: Root) -> None:
-        """Write a root and make it durable; an `OSError` leaves in doubt which root is current."""
-        self._disk.write_batch(self._root_file, [root.slot_offset()], [root.encode()])
+    def write_root(self, root: Root, copies: Bytes) -> None:
+        """Write a root, encoded, and make it durable.
+
+        An `OSError` leaves in doubt which root is current.
+        """
+        self._disk.write_batch(self._root_file, [root.slot_offset()], [copies])
         self._disk.sync(self._root_file)
         self.slots.n_syncs += 1
         self.root = root

@@ -228,13 +228,14 @@ class SlotFile:
         StoreFullError, StoreIOError
             If the operating system refuses; any part may have been written.
         """
+        n_bytes = sum([buffer.size for buffer in buffers])
         try:
             self._disk.write_batch(
                 self.file, [block * BLOCK_BYTES for block in blocks], buffers, in_flight=in_flight
             )
         except OSError as refused:
             raise _typed(refused, f"writing {self.file.path}") from refused
-        self.bytes_written += sum(len(buffer) for buffer in buffers)
+        self.bytes_written += n_bytes
 
     def write_rows(
         self,

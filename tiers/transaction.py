@@ -121,6 +121,9 @@ class Transaction:
     def begin_change(self) -> None:
         """Take what every commit writes anyway, once a transaction."""
         if not self.is_changed:
+            # Asked as late as can be: a reader that has ended meanwhile keeps nothing back.
+            if self._pager.allocator.is_holding:
+                self._pager.allocator.release(self._files.oldest_reader())
             self._reserve_pieces(self._catalogue_bytes)
             self.is_changed = True
 
@@ -317,7 +320,9 @@ class Transaction:
             with pager.mutex:
                 pager.frames.private[:] = False
             self._begin()
-            allocator.committed(root.commit, self._files.oldest_reader())
+            allocator.committed(root.commit)
+            if allocator.is_holding_packs:
+                allocator.release(self._files.oldest_reader())
         self.remove_dead_packs()
         return root
 
@@ -345,8 +350,7 @@ class Transaction:
             nodes, root = self._settled(catalogue, content, outline)
             pager.map.write(nodes)
             pager.slots.sync()
-            self._files.write_root(root)
-            pager.map.note_written(nodes)
+            self._files.write_root(root, root.encode())
         return root
 
     def _write_together(
@@ -364,6 +368,7 @@ class Transaction:
                 with pager.placed_tags(tags) as (tag_blocks, tag_contents):
                     with self._condition.poisoning("commit"):
                         nodes, root = self._settled(catalogue, content, outline)
+                        copies = root.encode()
                     blocks += [*tag_blocks, *(node.block for node in nodes)]
                     contents += [*tag_contents, *(node.raw for node in nodes)]
                     try:
@@ -375,12 +380,12 @@ class Transaction:
             except (StoreIOError, StoreFullError):
                 return None
         with self._condition.poisoning("commit"):
-            # Nothing but system calls between the write and the root: it is cold code after each.
+            # Little but system calls from the write to the root: after each the code is cold.
             pager.slots.sync()
-            self._files.write_root(root)
+            self._files.write_root(root, copies)
             pager.map.note_written(nodes)
             with pager.mutex:
-                pager.frames.dirty[dirty] = False
+                pager.frames.dirty[:] = False
         return root
 
     def _settled(

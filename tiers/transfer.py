@@ -17,7 +17,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -85,61 +84,6 @@ class OpenFile(Protocol):
         """Go on through the page cache; a second time changes nothing."""
 
 
-class Batch:
-    """Buffers and their places in a file, in runs.
-
-    Parameters
-    ----------
-    offsets : sequence of int
-        Bytes from the start of the file; the places of a write do not overlap.
-    buffers : sequence of uint8 arrays
-        One-dimensional and contiguous; those without bytes are passed over.
-
-    Attributes
-    ----------
-    offsets : list of int
-        Ascending, in bytes.
-    buffers : list of uint8 arrays
-        In the same order.
-    starts : list of int
-        Index of the first buffer of each run.
-    """
-
-    def __init__(self, offsets: Sequence[int], buffers: Sequence[Bytes]) -> None:
-        if len(offsets) != len(buffers):
-            raise ValueError(f"{len(offsets)} offsets for {len(buffers)} buffers")
-        for buffer in buffers:
-            if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous:
-                raise ValueError(
-                    "a buffer must be a contiguous one-dimensional uint8 array, not "
-                    f"{buffer.dtype} {buffer.shape} with strides {buffer.strides}"
-                )
-        # Lists: for a batch of a few pages numpy's calls cost more than the loop.
-        sizes = [buffer.size for buffer in buffers]
-        order = [i for i in sorted(range(len(offsets)), key=offsets.__getitem__) if sizes[i]]
-        self.offsets = [int(offsets[i]) for i in order]
-        self.buffers = [buffers[i] for i in order]
-        # To pwritev2 an offset of -1 is the file's own position.
-        if self.offsets and self.offsets[0] < 0:
-            raise ValueError(f"an offset must not be negative: {self.offsets[0]}")
-        self.starts: list[int] = []
-        end = 0
-        in_run = RUN_BUFFERS_MAX
-        for number, offset in enumerate(self.offsets):
-            if offset != end or in_run == RUN_BUFFERS_MAX:
-                self.starts.append(number)
-                in_run = 0
-            in_run += 1
-            end = offset + sizes[order[number]]
-
-    def runs(self) -> list[Run]:
-        """Return the runs."""
-        return [
-            Run(self.offsets[start], self.buffers[start:stop])
-            for start, stop in pairwise([*self.starts, len(self.buffers)])
-        ]
-
-
 class Run:
     """Buffers that lie next to each other in the file.
 
@@ -149,22 +93,73 @@ class Run:
         Where what is left to move begins in the file, in bytes.
     buffers : list of uint8 arrays
         What is left to move.
+    n_bytes : int
+        How much that is.
     """
 
-    __slots__ = ("buffers", "offset")
+    __slots__ = ("buffers", "n_bytes", "offset")
 
-    def __init__(self, offset: int, buffers: list[Bytes]) -> None:
+    def __init__(self, offset: int, buffer: Bytes) -> None:
         self.offset = offset
-        self.buffers = buffers
+        self.buffers = [buffer]
+        self.n_bytes = buffer.size
 
     def advance(self, n_bytes: int) -> None:
         """Leave out what has been moved."""
         self.offset += n_bytes
+        self.n_bytes -= n_bytes
+        if not self.n_bytes:
+            self.buffers = []
+            return
         while self.buffers and n_bytes >= len(self.buffers[0]):
             n_bytes -= len(self.buffers[0])
             del self.buffers[0]
         if n_bytes:
             self.buffers[0] = self.buffers[0][n_bytes:]
+
+
+def plan_runs(offsets: Sequence[int], buffers: Sequence[Bytes]) -> list[Run]:
+    """Return a batch as runs, in the order of the file.
+
+    Parameters
+    ----------
+    offsets : sequence of int
+        Bytes from the start of the file; the places of a write do not overlap.
+    buffers : sequence of uint8 arrays
+        One-dimensional and contiguous; those without bytes are passed over.
+
+    Raises
+    ------
+    ValueError
+        If an offset or a buffer is none.
+    """
+    if len(offsets) != len(buffers):
+        raise ValueError(f"{len(offsets)} offsets for {len(buffers)} buffers")
+    # One pass without numpy: for a batch of a few pages its calls cost more than the loop.
+    runs: list[Run] = []
+    end = in_run = -1
+    for i in sorted(range(len(offsets)), key=offsets.__getitem__):
+        offset, buffer = int(offsets[i]), buffers[i]
+        if buffer.dtype != np.uint8 or buffer.ndim != 1 or not buffer.flags.c_contiguous:
+            raise ValueError(
+                "a buffer must be a contiguous one-dimensional uint8 array, not "
+                f"{buffer.dtype} {buffer.shape} with strides {buffer.strides}"
+            )
+        size = buffer.size
+        if not size:
+            continue
+        # To pwritev2 an offset of -1 is the file's own position.
+        if offset < 0:
+            raise ValueError(f"an offset must not be negative: {offset}")
+        if offset == end and in_run < RUN_BUFFERS_MAX:
+            runs[-1].buffers.append(buffer)
+            runs[-1].n_bytes += size
+            in_run += 1
+        else:
+            runs.append(Run(offset, buffer))
+            in_run = 1
+        end = offset + size
+    return runs
 
 
 class Transfers:
@@ -190,7 +185,7 @@ class Transfers:
         ----------
         file : OpenFile
         offsets, buffers : sequences
-            See `Batch`.
+            See `plan_runs`.
         write : bool
             From the buffers to the file.
         in_flight : int
@@ -206,17 +201,16 @@ class Transfers:
             If `in_flight`, an offset or a buffer is none.
         """
         _require_flight(in_flight)
-        batch = Batch(offsets, buffers)
+        runs = plan_runs(offsets, buffers)
         if not write and not all(buffer.flags.writeable for buffer in buffers):
             raise ValueError("a buffer that is read into must be writeable")
-        if len(batch.starts) < 2 or in_flight == 1:
-            _move_runs(file, batch.runs(), write)
+        if len(runs) < 2 or in_flight == 1:
+            _move_runs(file, runs, write)
             return
         calls = _wave_calls()
         if calls is not None:
-            _move_in_wave(calls, file, *_planned(batch), write=write, in_flight=in_flight)
+            _move_in_wave(calls, file, *_planned(runs), write=write, in_flight=in_flight)
             return
-        runs = batch.runs()
         n_workers = min(in_flight, len(runs))
         jobs = [
             partial(_move_runs, file, runs[first::n_workers], write) for first in range(n_workers)
@@ -396,17 +390,19 @@ def _require_flight(in_flight: int) -> None:
         raise ValueError(f"in_flight must be 1 to {IN_FLIGHT_MAX}, not {in_flight!r}")
 
 
-def _planned(batch: Batch) -> tuple[Words, Words]:
-    """Return runs and places of a batch."""
+def _planned(planned: list[Run]) -> tuple[Words, Words]:
+    """Return runs and places for a wave."""
     from tiers import wave
 
-    runs = np.zeros((len(batch.starts), wave.RUN_WORDS), np.int64)
-    runs[:, wave.OFFSET] = [batch.offsets[start] for start in batch.starts]
-    runs[:, wave.FIRST] = batch.starts
-    runs[:, wave.N_LEFT] = np.diff(batch.starts, append=len(batch.buffers))
-    places = np.empty((len(batch.buffers), 2), np.int64)
-    places[:, 0] = [buffer.ctypes.data for buffer in batch.buffers]
-    places[:, 1] = [len(buffer) for buffer in batch.buffers]
+    buffers = [buffer for run in planned for buffer in run.buffers]
+    counts = np.array([len(run.buffers) for run in planned])
+    runs = np.zeros((len(planned), wave.RUN_WORDS), np.int64)
+    runs[:, wave.OFFSET] = [run.offset for run in planned]
+    runs[:, wave.FIRST] = np.cumsum(counts) - counts
+    runs[:, wave.N_LEFT] = counts
+    places = np.empty((len(buffers), 2), np.int64)
+    places[:, 0] = [buffer.ctypes.data for buffer in buffers]
+    places[:, 1] = [len(buffer) for buffer in buffers]
     return runs, places
 
 
