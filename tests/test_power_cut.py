@@ -27,6 +27,7 @@ from tiers.testing import (
     check_images,
     power_cut,
 )
+from tiers.testing.__main__ import main
 from tiers.testing.crash import IMAGES_PER_RECORDING, record_seed
 from tiers.testing.footprint import KnownImages
 from tiers.testing.processes import in_processes
@@ -189,6 +190,14 @@ def test_the_command_line_checks_images_and_counts_them():
         summary,
     )
     assert found and 0 < int(found[1]) <= int(found[2]) <= 20, summary
+
+
+def test_into_a_file_the_command_line_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("tiers.testing.__main__.SECONDS_A_LINE", 0.0)
+    assert main(["--images", "5", "--jobs", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    so_far = [line for line in lines if line.endswith("0 violations so far")]
+    assert [int(line.split()[0]) for line in so_far] == [1, 2, 3, 4, 5]
 
 
 def test_the_command_line_checks_for_some_minutes():

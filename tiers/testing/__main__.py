@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tiers.testing.crash import IMAGES_PER_RECORDING, Outcome, RecoveryError, check_images, replay
+from tiers.testing.runs import SECONDS_A_LINE
 
 N_IMAGES_DEFAULT = 10_000
 IMAGES_A_STEP = 50
@@ -120,6 +121,7 @@ def _check(console: Console, seed: int, jobs: int, n_images: int | None, most_s:
     """Check so many images, or for so long."""
     start_s = time.monotonic()
     tally = _Tally()
+    next_line_s = SECONDS_A_LINE
     images = check_images(seed, n_images, jobs)
     was_interrupted = False
     try:
@@ -130,6 +132,9 @@ def _check(console: Console, seed: int, jobs: int, n_images: int | None, most_s:
                 if outcome.violation is not None:
                     console.print(str(outcome.violation), markup=False)
                 elapsed_s = time.monotonic() - start_s
+                if not console.is_terminal and elapsed_s >= next_line_s:
+                    next_line_s = elapsed_s + SECONDS_A_LINE
+                    console.print(f"{tally} so far", highlight=False)
                 if tally.n_images % IMAGES_A_STEP == 0 or tally.n_images == n_images:
                     done = min(elapsed_s, most_s) if n_images is None else tally.n_images
                     progress.update(task, completed=done, description=str(tally))
