@@ -29,6 +29,10 @@ class HeadError(FieldError, ValueError):
     """A parameter of a head is out of range, or a field has no head."""
 
 
+class StaleForwardError(FieldError, RuntimeError):
+    """Rows have changed since the forward pass whose gradient is to be taken."""
+
+
 class FieldFormatError(FieldError):
     """The store is sound, but what it says of its field cannot be read by this version."""
 

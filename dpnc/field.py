@@ -219,7 +219,7 @@ class Field(Learned):
             if head_grad is not None:
                 self._step_head(head_grad)
             self._step_features(x, grad)
-            self.updates += 1
+            self._count_update()
 
     # Looking
 

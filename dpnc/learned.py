@@ -35,6 +35,8 @@ class Learned:
     seed : int
     updates : int
         Updates since it was made, uncommitted ones included.
+    changes : int
+        How often its rows have changed since it was opened: updates, loads, aborts.
     store : Store
 
     Raises
@@ -70,6 +72,7 @@ class Learned:
         self._rows = TrainedRows(store, space, self.optimizer)
         self._look_ahead = LookAhead(store, self._rows.params)
         self._n_refused = 0
+        self.changes = 0
 
     def _read_record(self, record: Mapping[str, Any]) -> None:
         optimizer = record["optimizer"]
@@ -108,6 +111,7 @@ class Learned:
     def abort(self) -> None:
         """Return to the last commit."""
         with self._sharing.writing():
+            self.changes += 1
             self.store.abort()
             self.updates = int(self.store.attributes[self.KIND]["updates"])
 
@@ -146,6 +150,10 @@ class Learned:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _count_update(self) -> None:
+        self.updates += 1
+        self.changes += 1
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dpnc.dlpack import as_numpy
 from dpnc.errors import PointsError
 
 Points = npt.NDArray[Any]
@@ -22,7 +23,7 @@ def checked_points(x: Points, n_dims: int) -> Points:
     Parameters
     ----------
     x : float32 or float64 (n, n_dims)
-        In [0, 1], both ends included.
+        In [0, 1], both ends included. Of numpy, or of a library that speaks DLPack.
     n_dims : int
 
     Raises
@@ -31,9 +32,8 @@ def checked_points(x: Points, n_dims: int) -> Points:
         If dtype or shape are others, or a coordinate is outside [0, 1] or not a number; the message
         names the first such point.
     """
-    if not isinstance(x, np.ndarray):
-        raise PointsError(f"points must be a numpy array, not {type(x).__name__}")
-    x = np.asarray(x)  # a subclass may hide elements from the checks below
+    # A subclass may hide elements from the checks below.
+    x = np.asarray(as_numpy("points", x, PointsError))
     if x.dtype not in (np.float32, np.float64):
         raise PointsError(f"points must be float32 or float64, not {x.dtype}")
     if x.ndim != 2 or x.shape[1] != n_dims:
@@ -54,9 +54,7 @@ def checked_gradient(grad: Points, n_points: int, width: int) -> npt.NDArray[np.
         If dtype or shape are others, or a value is not finite; the message names the first such
         row.
     """
-    if not isinstance(grad, np.ndarray):
-        raise PointsError(f"a gradient must be a numpy array, not {type(grad).__name__}")
-    grad = np.asarray(grad)
+    grad = np.asarray(as_numpy("a gradient", grad, PointsError))
     if grad.dtype != np.float32:
         raise PointsError(f"a gradient must be float32, not {grad.dtype}")
     if grad.shape != (n_points, width):

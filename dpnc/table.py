@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpnc.arrays import read_array
+from dpnc.dlpack import as_numpy
 from dpnc.errors import FieldError, OptimizerError, TableError
 from dpnc.learned import Learned
 from dpnc.lookahead import Prefetch
@@ -299,7 +300,7 @@ class Table(Learned):
         with self._sharing.writing(), self.store.write_section():
             self.store.reserve(self._rows.requests(rows))
             self._n_refused += self._rows.apply(rows, sums, self.seed, self.updates, self._workers)
-            self.updates += 1
+            self._count_update()
 
     def load(
         self,
@@ -352,7 +353,7 @@ class Table(Learned):
                 n_rows_done += end - begin
                 if progress is not None:
                     progress(n_rows_done, len(values))
-            self.updates += 1
+            self._count_update()
         return len(values)
 
     def __repr__(self) -> str:
@@ -369,7 +370,7 @@ class Table(Learned):
         if not is_row.all():
             first = int(np.flatnonzero(~is_row)[0])
             raise TableError(
-                f"id {first} is {int(ids[first])}; there are rows 0 .. {self.n_rows - 1}"
+                f"id {first} is {int(checked[first])}; there are rows 0 .. {self.n_rows - 1}"
             )
         return checked
 
@@ -461,9 +462,9 @@ class Table(Learned):
 
 def _whole(name: str, values: Ids) -> npt.NDArray[np.int64]:
     """Return whole numbers as a contiguous int64 array (n,)."""
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "iu":
-        found = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
-        raise TableError(f"{name} must be an array of integers, not {found}")
+    values = as_numpy(name, values, TableError)
+    if values.dtype.kind not in "iu":
+        raise TableError(f"{name} must be an array of integers, not {values.dtype}")
     if values.ndim != 1:
         raise TableError(f"{name} must have one dimension, not shape {values.shape}")
     if values.dtype == np.uint64 and len(values) and int(values.max()) >= 1 << 63:
