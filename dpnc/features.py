@@ -46,20 +46,24 @@ class FeatureReader:
         self._page_shift = self._space.rows_per_page.bit_length() - 1
         assert self._space.rows_per_page == 1 << self._page_shift
 
-    def read(self, x: Points, out: Features) -> None:
-        """Fill `out`, float32 (n, n_levels * n_features), with the features of checked points."""
+    def read(self, x: Points, out: Features, n_levels: int | None = None) -> None:
+        """Fill `out`, float32 (n, n_levels * n_features), with the features of checked points.
+
+        Those of the coarsest `n_levels`, if given; there are as many columns then.
+        """
+        table = self._table.part(0, n_levels) if n_levels else self._table
         marks = np.zeros(self._space.n_pages, np.uint8)
         with self._store.epoch():
-            misses = self._run(x, self._table, out, marks)
+            misses = self._run(x, table, out, marks)
         pages = np.flatnonzero(marks)
         if misses:
-            self._read_claimed(x, self._table, out, pages)
+            self._read_claimed(x, table, out, pages)
         else:
             self._store.touch([(self._space, pages)])
 
-    def pages(self, x: Points) -> Indices:
-        """Return the pages that checked points need, ascending."""
-        return self._pages(x, self._table)
+    def pages(self, x: Points, n_levels: int | None = None) -> Indices:
+        """Return the pages that checked points need of the coarsest levels, ascending."""
+        return self._pages(x, self._table.part(0, n_levels) if n_levels else self._table)
 
     def residency(self, x: Points) -> npt.NDArray[np.float32]:
         """Return for each point the share of its lookups whose page is in DRAM now."""
@@ -125,13 +129,7 @@ class FeatureReader:
             (0, half, slice(0, column)),
             (half, table.n_levels, slice(column, None)),
         ):
-            part = LevelTable(
-                scales=table.scales[first:last],
-                geometry=table.geometry[first:last],
-                n_dims=table.n_dims,
-                n_features=table.n_features,
-                n_rows=table.n_rows,
-            )
+            part = table.part(first, last)
             features = np.empty((len(x), part.n_levels * part.n_features), np.float32)
             self._read_claimed(x, part, features, self._pages(x, part))
             out[:, columns] = features

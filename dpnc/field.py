@@ -85,7 +85,7 @@ class Field(Learned):
 
     # Reading
 
-    def query(self, x: Points) -> Features:
+    def query(self, x: Points, max_level: int | None = None) -> Features:
         """Interpolate the features of points.
 
         Parameters
@@ -93,6 +93,9 @@ class Field(Learned):
         x : float32 or float64 (n, n_dims)
             In [0, 1]; anything outside is refused. float64 keeps its precision, which matters
             above a resolution of about 2^16.
+        max_level : int, optional
+            The finest level that is read, counted from 0; features of finer ones are zero and cost
+            nothing. All of them when left out.
 
         Returns
         -------
@@ -103,21 +106,26 @@ class Field(Learned):
         ------
         PointsError
             If `x` is refused.
+        FieldError
+            If there is no such level.
         tiers.errors.CorruptionError
             If a page is not what was written.
         """
         x = checked_points(x, self.encoding.n_dims)
+        n_levels = self._n_levels(max_level)
         out = np.empty((len(x), self.encoding.n_output_dims), np.float32)
         with self._reading():
-            self._read(x, out)
+            self._read(x, out, n_levels)
         return out
 
-    def decode(self, x: Points) -> Features:
+    def decode(self, x: Points, max_level: int | None = None) -> Features:
         """Run the head over the features of points.
 
         Parameters
         ----------
         x : float32 or float64 (n, n_dims)
+        max_level : int, optional
+            As of `query`.
 
         Returns
         -------
@@ -132,23 +140,26 @@ class Field(Learned):
         """
         head, _ = self._need_head()
         x = checked_points(x, self.encoding.n_dims)
+        n_levels = self._n_levels(max_level)
         out = np.empty((len(x), head.n_outputs), np.float32)
         with self._reading():
             params = self._head_params()
             for start in range(0, len(x), POINTS_PER_DECODE):
                 part = slice(start, start + POINTS_PER_DECODE)
                 features = np.empty((len(x[part]), self.encoding.n_output_dims), np.float32)
-                self._read(x[part], features)
+                self._read(x[part], features, n_levels)
                 self._decode(params, features, out[part])
         return out
 
-    def prefetch(self, x: Points) -> Prefetch:
+    def prefetch(self, x: Points, max_level: int | None = None) -> Prefetch:
         """Bring in the pages of points in the background; they will be queried soon.
 
         Parameters
         ----------
         x : float32 or float64 (n, n_dims)
             Copied before this returns.
+        max_level : int, optional
+            As of `query`.
 
         Returns
         -------
@@ -156,8 +167,9 @@ class Field(Learned):
             Its ``wait()`` returns when all that fits into half of the budget is there.
         """
         points = checked_points(x, self.encoding.n_dims).copy()
+        n_levels = self._n_levels(max_level)
         with self._reading():
-            return self._look_ahead.announce(lambda: self._reader.pages(points))
+            return self._look_ahead.announce(lambda: self._reader.pages(points, n_levels))
 
     def residency(self, x: Points) -> Features:
         """Return for each point the share of its lookups whose page is in DRAM now.
@@ -177,7 +189,9 @@ class Field(Learned):
 
     # Writing
 
-    def update(self, x: Points, grad: Features, wrt: str = "features") -> None:
+    def update(
+        self, x: Points, grad: Features, wrt: str = "features", max_level: int | None = None
+    ) -> None:
         """Take one optimiser step against a gradient.
 
         Parameters
@@ -187,6 +201,8 @@ class Field(Learned):
             Derivative of the loss by what `query` returns for `x`, or by what `decode` returns.
         wrt : {"features", "decoded"}
             Which of the two. With ``"decoded"`` the head takes a step too.
+        max_level : int, optional
+            What `query` or `decode` was given: finer levels take no step.
 
         Raises
         ------
@@ -206,19 +222,20 @@ class Field(Learned):
             grad = checked_gradient(grad, len(x), self.encoding.n_output_dims)
         else:
             grad = checked_gradient(grad, len(x), self._need_head()[0].n_outputs)
+        n_levels = self._n_levels(max_level)
         with self._sharing.writing(), self.store.write_section():
             if len(x) == 0:
                 return
-            requests = self._rows.requests_of_pages(self._reader.pages(x))
+            requests = self._rows.requests_of_pages(self._reader.pages(x, n_levels))
             head_grad = None
             if wrt == "decoded":
                 _, head_rows = self._need_head()
                 requests += head_rows.requests(np.arange(head_rows.params.n_rows))
-                grad, head_grad = self._backward_through_head(x, grad)
+                grad, head_grad = self._backward_through_head(x, grad, n_levels)
             self.store.reserve(requests)
             if head_grad is not None:
                 self._step_head(head_grad)
-            self._step_features(x, grad)
+            self._step_features(x, grad, n_levels)
             self._count_update()
 
     # Looking
@@ -253,11 +270,29 @@ class Field(Learned):
             raise HeadError(f"{self.store.path} was created without a head")
         return self.head, self._head_rows
 
-    def _read(self, x: Points, out: Features) -> None:
+    def _n_levels(self, max_level: int | None) -> int:
+        """Return how many levels are asked for."""
+        n_levels = self.encoding.n_levels
+        if max_level is None:
+            return n_levels
+        if isinstance(max_level, bool) or not isinstance(max_level, (int, np.integer)):
+            raise FieldError(f"max_level must be an integer, not {max_level!r}")
+        if not 0 <= max_level < n_levels:
+            raise FieldError(f"max_level must be 0 .. {n_levels - 1}, not {max_level}")
+        return int(max_level) + 1
+
+    def _read(self, x: Points, out: Features, n_levels: int) -> None:
         self._note_workspace(self._reader.workspace_bytes(min(len(x), POINTS_PER_READ)))
+        n_columns = n_levels * self._table.n_features
         for start in range(0, len(x), POINTS_PER_READ):
             part = slice(start, start + POINTS_PER_READ)
-            self._reader.read(x[part], out[part])
+            if n_levels == self._table.n_levels:
+                self._reader.read(x[part], out[part])
+                continue
+            features = np.empty((len(x[part]), n_columns), np.float32)
+            self._reader.read(x[part], features, n_levels)
+            out[part, :n_columns] = features
+            out[part, n_columns:] = 0
 
     def _head_params(self) -> Features:
         _, rows = self._need_head()
@@ -279,7 +314,9 @@ class Field(Learned):
 
         self._workers.over_ranges(len(features), POINTS_PER_THREAD_MIN, piece)
 
-    def _backward_through_head(self, x: Points, grad: Features) -> tuple[Features, Features]:
+    def _backward_through_head(
+        self, x: Points, grad: Features, n_levels: int
+    ) -> tuple[Features, Features]:
         """Return the gradient by features, and by the head's parameters."""
         grad_features = np.empty((len(x), self.encoding.n_output_dims), np.float32)
         params = self._head_params()
@@ -287,15 +324,22 @@ class Field(Learned):
         # Parts of fixed size, in their order: the bits of the sum depend on nothing else.
         for start in range(0, len(x), POINTS_PER_BACKWARD):
             part = slice(start, start + POINTS_PER_BACKWARD)
-            head_grad += self._backward_part(x[part], grad[part], params, grad_features[part])
+            head_grad += self._backward_part(
+                x[part], grad[part], params, grad_features[part], n_levels
+            )
         return grad_features, head_grad
 
     def _backward_part(
-        self, x: Points, grad: Features, params: Features, grad_features: Features
+        self,
+        x: Points,
+        grad: Features,
+        params: Features,
+        grad_features: Features,
+        n_levels: int,
     ) -> Features:
         head, _ = self._need_head()
         features = np.empty(grad_features.shape, np.float32)
-        self._read(x, features)
+        self._read(x, features, n_levels)
         block_grads = np.empty((n_blocks(len(x)), len(params)), np.float32)
         self._note_workspace(features.nbytes + block_grads.nbytes)
 
@@ -312,10 +356,10 @@ class Field(Learned):
             numbers, grad.reshape(-1, 1), self.seed, self.updates, self._workers
         )
 
-    def _step_features(self, x: Points, grad: Features) -> None:
+    def _step_features(self, x: Points, grad: Features, n_levels: int) -> None:
         from dpnc.kernels.gradient import GradientScratch, gather_capacity, gather_level
 
-        n_levels, n_at_once = self._table.n_levels, self._workers.n_threads
+        n_at_once = self._workers.n_threads
         n_features = self._table.n_features
         scratches = [GradientScratch(len(x), self._table) for _ in range(min(n_at_once, n_levels))]
         capacity = max(gather_capacity(len(x), self._table, level) for level in range(n_levels))

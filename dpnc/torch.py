@@ -72,6 +72,7 @@ class HashGrid(torch.nn.Module):
         self._anchor = torch.empty(0, requires_grad=True)
         self._pending: list[tuple[npt.NDArray[Any], npt.NDArray[np.float32]]] = []
         self._pending_changes = 0
+        self._pending_level = 0
 
     @property
     def n_input_dims(self) -> int:
@@ -85,13 +86,16 @@ class HashGrid(torch.nn.Module):
     def n_pending(self) -> int:
         return sum(len(x) for x, _ in self._pending)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, max_level: int | None = None) -> torch.Tensor:
         """Return the features of points.
 
         Parameters
         ----------
         x : float32 or float64 (n, n_input_dims)
             In [0, 1]. A tensor, or an array that speaks DLPack.
+        max_level : int, optional
+            The finest level that is read and trained, from 0: coarse levels first, for example.
+            Features of finer ones are zero.
 
         Returns
         -------
@@ -102,6 +106,8 @@ class HashGrid(torch.nn.Module):
         ------
         PointsError
             If `x` is refused, or asks for a gradient.
+        FieldError
+            If there is no such level.
         """
         if not isinstance(x, torch.Tensor):
             if not hasattr(x, "__dlpack__"):
@@ -111,7 +117,7 @@ class HashGrid(torch.nn.Module):
             raise PointsError(f"points must be float32 or float64, not {x.dtype}")
         if x.requires_grad and torch.is_grad_enabled():
             raise PointsError("a field gives no gradient by its points; detach() them")
-        features: torch.Tensor = _Lookup.apply(self._anchor, x, self)
+        features: torch.Tensor = _Lookup.apply(self._anchor, x, self, max_level)
         return features
 
     def step(self) -> None:
@@ -134,13 +140,17 @@ class HashGrid(torch.nn.Module):
         self._require_unchanged(self._pending_changes)
         x = np.concatenate([x for x, _ in self._pending])
         grad = np.concatenate([grad for _, grad in self._pending])
-        self.field.update(x, grad)
-        self._pending.clear()
+        self.field.update(x, grad, max_level=self._pending_level)
+        self._forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients that wait for `step`."""
         super().zero_grad(set_to_none)
+        self._forget()
+
+    def _forget(self) -> None:
         self._pending.clear()
+        self._pending_level = 0
 
     def extra_repr(self) -> str:
         return f"{self.n_input_dims}, {self.n_output_dims}, field={self.field!r}"
@@ -191,7 +201,9 @@ class HashGrid(torch.nn.Module):
                 "gradient would be that of other rows"
             )
 
-    def _add(self, x: torch.Tensor, grad: torch.Tensor, changes: int) -> None:
+    def _add(
+        self, x: torch.Tensor, grad: torch.Tensor, changes: int, max_level: int | None
+    ) -> None:
         """Note a gradient by features that were read when the field had seen `changes`."""
         self._require_unchanged(changes)
         if self._pending:
@@ -199,24 +211,32 @@ class HashGrid(torch.nn.Module):
         self._pending_changes = changes
         # Copied: whoever owns the tensors may write to them before the step.
         points = np.array(x.detach().cpu().numpy())
-        self._pending.append((points, np.array(grad.detach().cpu().numpy(), np.float32)))
+        gradient = np.array(grad.detach().cpu().numpy(), np.float32)
+        encoding = self.field.encoding
+        level = encoding.n_levels - 1 if max_level is None else max_level
+        # Rows whose gradient is zero take no step: levels of several passes may differ.
+        gradient[:, (level + 1) * encoding.n_features_per_level :] = 0
+        self._pending.append((points, gradient))
+        self._pending_level = max(self._pending_level, level)
 
 
 class _Lookup(torch.autograd.Function):
     """Features of points forward; backward notes their gradient with the module."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, x: torch.Tensor, module: HashGrid) -> torch.Tensor:
+    def forward(
+        ctx: Any, anchor: torch.Tensor, x: torch.Tensor, module: HashGrid, max_level: int | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x)
-        ctx.module = module
+        ctx.module, ctx.max_level = module, max_level
         # Before the rows are read: an update meanwhile is one since.
         ctx.changes = module.field.changes
-        features = torch.from_numpy(module.field.query(x.detach().cpu().numpy()))
+        features = torch.from_numpy(module.field.query(x.detach().cpu().numpy(), max_level))
         return features.to(x.device)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
         (x,) = ctx.saved_tensors
-        ctx.module._add(x, grad, ctx.changes)
-        return None, None, None
+        ctx.module._add(x, grad, ctx.changes, ctx.max_level)
+        return None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -239,3 +240,89 @@ def test_queries_from_threads_see_updates_whole(tmp_path: Path) -> None:
     assert not failures
     assert len(states) > 0
     assert set(states) <= set(allowed)
+
+
+@pytest.mark.parametrize("optimizer", [dpnc.Adam(1e-2), dpnc.SGD(1e-1, momentum=0.9)])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_up_to_a_level_is_as_if_the_finer_ones_were_zero(
+    tmp_path: Path, dtype: Any, optimizer: Any
+) -> None:
+    grid = dpnc.HashGrid(
+        n_dims=2,
+        n_levels=5,
+        n_features_per_level=2,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        per_level_scale=2.0,
+    )
+    options = {"budget": "4MiB", "dtype": dtype, "optimizer": optimizer, "page_size": 4096}
+    rng = np.random.default_rng(4)
+    with (
+        dpnc.create(tmp_path / "ours", grid, **options) as ours,
+        dpnc.create(tmp_path / "plain", grid, **options) as plain,
+    ):
+        for max_level in (0, 2, np.int64(3), 4, None):
+            x = rng.random((300, 2))
+            n_columns = 10 if max_level is None else 2 * (int(max_level) + 1)
+            features = ours.query(x, max_level=max_level)
+            assert (features[:, :n_columns] == plain.query(x)[:, :n_columns]).all()
+            assert not features[:, n_columns:].any()
+            grad = rng.standard_normal((300, 10)).astype(np.float32)
+            ours.update(x, grad, max_level=max_level)
+            grad[:, n_columns:] = 0
+            plain.update(x, grad)
+            assert ours.digest() == plain.digest()
+        before = ours.digest()
+        for wrong in (-1, 5, True, 1.0, "2"):
+            with pytest.raises(dpnc.FieldError, match=r"max_level"):
+                ours.query(x, max_level=cast(Any, wrong))
+            with pytest.raises(dpnc.FieldError, match=r"max_level"):
+                ours.update(x, grad, max_level=cast(Any, wrong))
+        assert ours.digest() == before
+
+
+def test_up_to_a_level_reads_the_pages_of_those_levels_alone(tmp_path: Path) -> None:
+    grid = dpnc.HashGrid(
+        n_dims=2,
+        n_levels=4,
+        n_features_per_level=2,
+        log2_hashmap_size=14,
+        base_resolution=16,
+        per_level_scale=2.0,
+    )
+    x = np.random.default_rng(0).random((2000, 2))
+    grad = np.ones((2000, 8), np.float32)
+    with dpnc.create(
+        tmp_path / "field", grid, budget="2MiB", optimizer=dpnc.SGD(0.1), page_size=4096
+    ) as field:
+        stored = []
+        for max_level in range(4):
+            field.update(x, grad, max_level=max_level)
+            stored.append(field.store.n_stored_pages(field.store.space("features")))
+        assert stored == sorted(set(stored))
+
+
+def test_a_head_sees_zeros_above_the_finest_level(tmp_path: Path) -> None:
+    grid = dpnc.HashGrid(
+        n_dims=2,
+        n_levels=3,
+        n_features_per_level=2,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        per_level_scale=2.0,
+    )
+    head = dpnc.Head(n_outputs=1, n_hidden=8)
+    x = np.random.default_rng(0).random((200, 2))
+    with dpnc.create(
+        tmp_path / "field", grid, budget="4MiB", optimizer=dpnc.Adam(1e-2), head=head
+    ) as field:
+        coarse = field.decode(x, max_level=0)
+        assert (coarse != field.decode(x)).any()
+        finer = field.query(x)[:, 2:]
+        errors = []
+        for _ in range(30):
+            error = field.decode(x, max_level=0) - x[:, :1].astype(np.float32)
+            errors.append(float(np.square(error).mean()))
+            field.update(x, 2 * error / len(x), wrt="decoded", max_level=0)
+        assert errors[-1] < errors[0] / 2
+        assert (field.query(x)[:, 2:] == finer).all()

@@ -103,6 +103,25 @@ def test_it_learns_inside_a_sequence(field):
     assert losses[-1] < losses[0] / 20
 
 
+def test_passes_up_to_different_levels_add_up(layer, field, tmp_path):
+    x = points()
+    with new_field(tmp_path / "other") as other:
+        for levels in [(1,), (0, 2), (None, 1)]:
+            grads = np.zeros((0, 8), np.float32)
+            for level in levels:
+                features = layer(x, max_level=level)
+                assert (features.detach().numpy() == other.query(x, level)).all()
+                features.backward(torch.ones((100, 8)))
+                grad = np.ones((100, 8), np.float32)
+                grad[:, 8 if level is None else 2 * (level + 1) :] = 0
+                grads = np.concatenate([grads, grad])
+            layer.step()
+            other.update(np.concatenate([x.numpy()] * len(levels)), grads)
+            assert field.digest() == other.digest()
+    with pytest.raises(FieldError, match="max_level"):
+        layer(x, max_level=4)
+
+
 def test_the_rows_are_no_parameters(layer):
     assert list(layer.parameters()) == [] and list(layer.buffers()) == []
     assert "2-D" in repr(layer) and layer.n_input_dims == 2 and layer.n_output_dims == 8

@@ -16,7 +16,7 @@ column  name          meaning
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -90,3 +90,7 @@ class LevelTable:
     def n_levels(self) -> int:
         """Number of levels."""
         return len(self.scales)
+
+    def part(self, first: int, stop: int) -> LevelTable:
+        """Return the table of levels ``first .. stop - 1`` of the same rows."""
+        return replace(self, scales=self.scales[first:stop], geometry=self.geometry[first:stop])
