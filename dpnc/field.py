@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dpnc import tcnn
 from dpnc.encoding import HashGrid
-from dpnc.errors import FieldError, HeadError, OptimizerError
+from dpnc.errors import FieldError, HeadError
 from dpnc.features import FeatureReader
 from dpnc.head import Head, decode, decode_backward, n_blocks, sum_partial
 from dpnc.learned import Learned
@@ -190,7 +190,12 @@ class Field(Learned):
     # Writing
 
     def update(
-        self, x: Points, grad: Features, wrt: str = "features", max_level: int | None = None
+        self,
+        x: Points,
+        grad: Features,
+        wrt: str = "features",
+        max_level: int | None = None,
+        learning_rate: float | None = None,
     ) -> None:
         """Take one optimiser step against a gradient.
 
@@ -203,18 +208,22 @@ class Field(Learned):
             Which of the two. With ``"decoded"`` the head takes a step too.
         max_level : int, optional
             What `query` or `decode` was given: finer levels take no step.
+        learning_rate : float, optional
+            Of this update, in place of the optimiser's: schedules are the caller's, who keeps the
+            step in the `meta` of a commit.
 
         Raises
         ------
         PointsError
             If `x` or `grad` is refused. Nothing has changed.
+        OptimizerError
+            If the field was created without an optimiser, or the learning rate is refused.
         tiers.errors.StoreFullError
             If there is no room for the pages that are written first. Nothing has changed.
         tiers.errors.TierError
             If a page could not be read or written half-way: `abort` returns to the last commit.
         """
-        if self.optimizer is None:
-            raise OptimizerError(f"{self.store.path} was created without an optimizer")
+        optimizer = self._optimizer_at(learning_rate)
         if wrt not in ("features", "decoded"):
             raise FieldError(f"wrt must be 'features' or 'decoded', not {wrt!r}")
         x = checked_points(x, self.encoding.n_dims)
@@ -234,8 +243,8 @@ class Field(Learned):
                 grad, head_grad = self._backward_through_head(x, grad, n_levels)
             self.store.reserve(requests)
             if head_grad is not None:
-                self._step_head(head_grad)
-            self._step_features(x, grad, n_levels)
+                self._step_head(optimizer, head_grad)
+            self._step_features(optimizer, x, grad, n_levels)
             self._count_update()
 
     # Looking
@@ -349,14 +358,16 @@ class Field(Learned):
         self._workers.over_ranges(len(block_grads), 1, blocks)
         return sum_partial(block_grads)
 
-    def _step_head(self, grad: Features) -> None:
+    def _step_head(self, optimizer: Adam | SGD, grad: Features) -> None:
         _, rows = self._need_head()
         numbers = np.arange(rows.params.n_rows)
         self._n_refused += rows.apply(
-            numbers, grad.reshape(-1, 1), self.seed, self.updates, self._workers
+            optimizer, numbers, grad.reshape(-1, 1), self.seed, self.updates, self._workers
         )
 
-    def _step_features(self, x: Points, grad: Features, n_levels: int) -> None:
+    def _step_features(
+        self, optimizer: Adam | SGD, x: Points, grad: Features, n_levels: int
+    ) -> None:
         from dpnc.kernels.gradient import GradientScratch, gather_capacity, gather_level
 
         n_at_once = self._workers.n_threads
@@ -380,7 +391,12 @@ class Field(Learned):
             self._workers.each([partial(gather, p, level) for p, level in enumerate(levels)])
             for place, count in enumerate(counts):
                 self._n_refused += self._rows.apply(
-                    rows[place, :count], sums[place, :count], self.seed, self.updates, self._workers
+                    optimizer,
+                    rows[place, :count],
+                    sums[place, :count],
+                    self.seed,
+                    self.updates,
+                    self._workers,
                 )
 
     def _note_workspace(self, size_bytes: int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-from dpnc.errors import FieldFormatError
+from dpnc.errors import FieldFormatError, OptimizerError
 from dpnc.lookahead import LookAhead
 from dpnc.optim import SGD, Adam, optimizer_from_dict
 from dpnc.rows import TrainedRows
@@ -150,6 +151,14 @@ class Learned:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _optimizer_at(self, learning_rate: float | None) -> Adam | SGD:
+        """Return the optimiser, with another learning rate if one is given."""
+        if self.optimizer is None:
+            raise OptimizerError(f"{self.store.path} was created without an optimizer")
+        if learning_rate is None:
+            return self.optimizer
+        return replace(self.optimizer, learning_rate=learning_rate)
 
     def _count_update(self) -> None:
         self.updates += 1

@@ -39,7 +39,6 @@ class TrainedRows:
 
     def __init__(self, store: Store, name: str, optimizer: Adam | SGD | None) -> None:
         self._store = store
-        self._optimizer = optimizer
         self.params = store.space(name)
         has_state = optimizer is not None and optimizer.state_width(self.params.row_width) > 0
         self.state = store.space(f"{name}.state") if has_state else None
@@ -81,12 +80,20 @@ class TrainedRows:
         ]
 
     def apply(
-        self, rows: Indices, gradients: Gradients, seed: int, update: int, workers: Workers
+        self,
+        optimizer: Adam | SGD,
+        rows: Indices,
+        gradients: Gradients,
+        seed: int,
+        update: int,
+        workers: Workers,
     ) -> int:
         """Take one optimiser step with each of these rows, as many at a time as the budget holds.
 
         Parameters
         ----------
+        optimizer : Adam or SGD
+            The one whose state the rows have, perhaps with another learning rate.
         rows : int64 (k,), strictly ascending
         gradients : float32 (k, row_width)
         seed, update : int
@@ -98,14 +105,13 @@ class TrainedRows:
         int
             Values that were refused or saturated.
         """
-        assert self._optimizer is not None
         n_refused = 0
         for first, last in self._chunks(rows):
             with self._store.claim(self.requests(rows[first:last]), write=True):
                 params = self.paged(self.params)
                 state = None if self.state is None else self.paged(self.state)
                 step = partial(
-                    _step, self._optimizer, rows, gradients, params, state, seed, update, first
+                    _step, optimizer, rows, gradients, params, state, seed, update, first
                 )
                 n_refused += workers.over_ranges(last - first, ROWS_PER_THREAD_MIN, step)
         return n_refused

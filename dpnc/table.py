@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dpnc.arrays import read_array
 from dpnc.dlpack import as_numpy
-from dpnc.errors import FieldError, OptimizerError, TableError
+from dpnc.errors import FieldError, TableError
 from dpnc.learned import Learned
 from dpnc.lookahead import Prefetch
 from dpnc.optim import SGD, Adam
@@ -263,7 +263,7 @@ class Table(Learned):
 
     # Writing
 
-    def update(self, ids: Ids, grad: Rows) -> None:
+    def update(self, ids: Ids, grad: Rows, learning_rate: float | None = None) -> None:
         """Take one optimiser step against a gradient.
 
         Parameters
@@ -272,20 +272,21 @@ class Table(Learned):
         grad : float32 (n, row_width)
             Derivative of the loss by what `rows` returns for `ids`. Gradients of a row that comes
             more than once are summed, in the order of `ids`; then each row takes one step.
+        learning_rate : float, optional
+            Of this update, in place of the optimiser's.
 
         Raises
         ------
         TableError, PointsError
             If an argument is refused. Nothing has changed.
         OptimizerError
-            If the table was created without an optimiser.
+            If the table was created without an optimiser, or the learning rate is refused.
         tiers.errors.StoreFullError
             If there is no room for the pages that are written first. Nothing has changed.
         tiers.errors.TierError
             If a page could not be read or written half-way: `abort` returns to the last commit.
         """
-        if self.optimizer is None:
-            raise OptimizerError(f"{self.store.path} was created without an optimizer")
+        optimizer = self._optimizer_at(learning_rate)
         from dpnc.kernels.table import sum_by_row
 
         checked = self._checked(ids)
@@ -299,7 +300,9 @@ class Table(Learned):
         rows, sums = rows[:n_rows], sums[:n_rows]
         with self._sharing.writing(), self.store.write_section():
             self.store.reserve(self._rows.requests(rows))
-            self._n_refused += self._rows.apply(rows, sums, self.seed, self.updates, self._workers)
+            self._n_refused += self._rows.apply(
+                optimizer, rows, sums, self.seed, self.updates, self._workers
+            )
             self._count_update()
 
     def load(

@@ -120,10 +120,15 @@ class HashGrid(torch.nn.Module):
         features: torch.Tensor = _Lookup.apply(self._anchor, x, self, max_level)
         return features
 
-    def step(self) -> None:
+    def step(self, learning_rate: float | None = None) -> None:
         """Take one step of the field's optimiser with the gradients since the last one.
 
         Without any, nothing happens. Not durable before the field's `commit`.
+
+        Parameters
+        ----------
+        learning_rate : float, optional
+            Of this step, in place of the optimiser's; ``scheduler.get_last_lr()[0]``, say.
 
         Raises
         ------
@@ -140,7 +145,7 @@ class HashGrid(torch.nn.Module):
         self._require_unchanged(self._pending_changes)
         x = np.concatenate([x for x, _ in self._pending])
         grad = np.concatenate([grad for _, grad in self._pending])
-        self.field.update(x, grad, max_level=self._pending_level)
+        self.field.update(x, grad, max_level=self._pending_level, learning_rate=learning_rate)
         self._forget()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -20,6 +20,7 @@ from tiers.errors import (
     UncommittedError,
 )
 from tiers.files import StoreFiles
+from tiers.held import HeldFrees
 from tiers.page_map import FIRST_SPACE, PLACE_MASK, SPACES, PageMap
 from tiers.root import decode_root_file
 from tiers.salvage import salvage
@@ -650,7 +651,7 @@ def forget_what_readers_hold_beyond_the_end(patch):
 
     def forget(self, file_blocks):
         shorten(self, file_blocks)
-        self._held.clear()
+        self.held = HeldFrees()
 
     patch.setattr(Allocator, "shorten", forget)
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dpnc
+from dpnc.errors import OptimizerError
 from tests.fields import (
     AMPLE,
     batches,
@@ -326,3 +327,36 @@ def test_a_head_sees_zeros_above_the_finest_level(tmp_path: Path) -> None:
             field.update(x, 2 * error / len(x), wrt="decoded", max_level=0)
         assert errors[-1] < errors[0] / 2
         assert (field.query(x)[:, 2:] == finer).all()
+
+
+@pytest.mark.parametrize("kind", [dpnc.Adam, dpnc.SGD])
+def test_a_learning_rate_of_an_update_is_as_if_the_optimiser_had_it(
+    tmp_path: Path, kind: Any
+) -> None:
+    small = dpnc.HashGrid(
+        n_dims=2,
+        n_levels=2,
+        n_features_per_level=2,
+        log2_hashmap_size=9,
+        base_resolution=4,
+        per_level_scale=2.0,
+    )
+    head = dpnc.Head(n_outputs=1, n_hidden=8)
+    x = np.random.default_rng(0).random((200, 2))
+    grad = np.ones((200, 1), np.float32)
+    with (
+        dpnc.create(tmp_path / "a", small, budget="4MiB", optimizer=kind(0.5), head=head) as ours,
+        dpnc.create(tmp_path / "b", small, budget="4MiB", optimizer=kind(3e-3), head=head) as plain,
+    ):
+        for _ in range(3):
+            ours.update(x, grad, wrt="decoded", learning_rate=3e-3)
+            plain.update(x, grad, wrt="decoded")
+        assert ours.digest() == plain.digest()
+        assert ours.optimizer == kind(0.5)
+        for wrong in (0.0, -1.0, float("nan"), "fast"):
+            with pytest.raises(OptimizerError, match="learning_rate"):
+                ours.update(x, grad, wrt="decoded", learning_rate=cast(Any, wrong))
+        assert ours.digest() == plain.digest() and ours.updates == 3
+        ours.update(x, grad, wrt="decoded")
+        plain.update(x, grad, wrt="decoded")
+        assert ours.digest() != plain.digest()

@@ -339,6 +339,18 @@ def test_a_field_takes_and_gives_arrays_by_dlpack(field, tmp_path):
             field.query(wrong)
 
 
+def test_a_step_may_have_a_learning_rate_of_its_own(layer, field, tmp_path):
+    layer(points()).sum().backward()
+    layer.step(learning_rate=1e-3)
+    with new_field(tmp_path / "other") as other:
+        other.update(points(), np.ones((100, 8), np.float32), learning_rate=1e-3)
+        assert other.digest() == field.digest()
+    layer(points()).sum().backward()
+    with pytest.raises(OptimizerError, match="-1"):
+        layer.step(learning_rate=-1)
+    assert layer.n_pending == 100
+
+
 def test_a_table_takes_ids_by_dlpack(tmp_path):
     with dpnc.Table.create(
         tmp_path / "table", 1000, 4, budget="4MiB", optimizer=dpnc.SGD(0.5)

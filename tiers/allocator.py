@@ -31,6 +31,7 @@ from tiers.groups import BLOCK_BYTES as BLOCK_BYTES
 from tiers.groups import TAG_BYTES as TAG_BYTES
 from tiers.groups import Groups
 from tiers.groups import tag_slots as tag_slots
+from tiers.held import HeldFrees
 
 SPARE_BLOCKS = 16
 RESERVE_BLOCKS = 32
@@ -134,13 +135,11 @@ class Allocator:
         self.dead_packs: list[int] = []
         self.worn_packs: set[int] = set()
         self._emptied: list[int] = []
-        self._commit = 0
-        self._held_packs: list[tuple[int, list[int]]] = []
         self.spare: list[int] = []
         self._settled_spare: list[int] = []
         self._cursor = 0
         self._pending: dict[int, Bitmap] = {}
-        self._held: list[tuple[int, dict[int, Bitmap]]] = []
+        self.held = HeldFrees()
         self.begin(file_blocks, used_blocks)
 
     def begin(self, file_blocks: int, used_blocks: int | None) -> None:
@@ -170,7 +169,7 @@ class Allocator:
     @property
     def held_blocks(self) -> int:
         """Blocks that are free but for readers of earlier commits."""
-        return sum(_count(bits) for _, freed in self._held for bits in freed.values())
+        return self.held.n_blocks
 
     @property
     def waiting_blocks(self) -> int:
@@ -185,7 +184,7 @@ class Allocator:
     @property
     def bookkeeping_bytes(self) -> int:
         """Memory that waiting frees take."""
-        n_bitmaps = len(self._pending) + sum(len(freed) for _, freed in self._held)
+        n_bitmaps = len(self._pending) + self.held.n_bitmaps
         return n_bitmaps * BLOCK_BYTES + 16 * len(self._free_slots)
 
     def set_limit(self, limit_blocks: int | None) -> None:
@@ -242,7 +241,7 @@ class Allocator:
     def _is_room_made(self, n_slots: int, n_blocks: int) -> bool:
         """Return whether there is room once readers of earlier commits are no longer considered."""
         # Below a limit there is little room on purpose; readers are not to suffer for that.
-        if not self._held or self.let_readers_go is None or self.limit_blocks is not None:
+        if not self.held.n_bitmaps or self.let_readers_go is None or self.limit_blocks is not None:
             return False
         self.release(self.let_readers_go())
         return self._missing(n_slots, n_blocks) <= 0
@@ -371,50 +370,16 @@ class Allocator:
     def committed(self, commit: int) -> None:
         """Hold what the durable commit freed, for `release`."""
         freed = {number: bits for number, bits in self._pending.items() if number < COLD_GROUP}
-        self._pending = {}
-        self._commit = commit
-        if self._emptied:
-            self._held_packs.append((commit, self._emptied))
-            self._emptied = []
-        if freed:
-            if len(self._held) < 2:
-                self._held.append((commit, freed))
-            else:
-                _, before = self._held[1]
-                for number, bits in before.items():
-                    freed[number] = freed[number] | bits if number in freed else bits
-                self._held[1] = (commit, freed)
-
-    @property
-    def is_holding(self) -> bool:
-        """Whether there is anything for `release`."""
-        return bool(self._held or self._held_packs)
-
-    @property
-    def is_holding_packs(self) -> bool:
-        return bool(self._held_packs)
+        self.held.add(commit, freed, self._emptied)
+        self._pending, self._emptied = {}, []
 
     def release(self, oldest_reader: int | None) -> None:
-        """Let be taken what commits freed that no reader is older than.
-
-        Parameters
-        ----------
-        oldest_reader : int or None
-            The oldest commit that somebody reads; None if nobody does.
-        """
-        while self._held and (oldest_reader is None or oldest_reader >= self._held[0][0]):
-            _, freed = self._held.pop(0)
-            for number in freed:
-                if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
-                    self._summarise(number, self._tree.bitmap(number))
-
-        # One commit later than blocks, which are not written over before the next one either: the
-        # commit before is what is left if the device should lose a root.
-        while self._held_packs and (
-            self._held_packs[0][0] < self._commit
-            and (oldest_reader is None or oldest_reader >= self._held_packs[0][0])
-        ):
-            self.dead_packs += self._held_packs.pop(0)[1]
+        """Let be taken what commits freed that no reader is older than; see `HeldFrees.let_go`."""
+        groups, packs = self.held.let_go(oldest_reader)
+        self.dead_packs += packs
+        for number in groups:
+            if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
+                self._summarise(number, self._tree.bitmap(number))
 
     def is_used(self, number: int) -> npt.NDArray[np.bool_]:
         """Return which blocks of a group its bitmap marks as used, (32768,); tags it does not."""
@@ -562,7 +527,7 @@ class Allocator:
     def _summarise(self, number: int, bitmap: Bitmap | None) -> None:
         """Count what is free in a group; as `_free_of` its `_bits`, in one compiled call."""
         n_blocks, n_bits = self._extent(number)
-        held = [freed[number] for _, freed in self._held if number in freed]
+        held = self.held.bitmaps(number)
         free_slots, free_odd = self._books.count_free(
             _NOTHING if bitmap is None else bitmap[: BITMAP_BLOCKS // 8],
             held[0] if held else _NOTHING,
@@ -592,9 +557,8 @@ class Allocator:
             bits = np.zeros(n_bits, np.uint8)
         else:
             bits = np.unpackbits(bitmap[:n_bytes], bitorder="little")[:n_bits]
-        for _, freed in self._held:
-            if number in freed:
-                bits |= np.unpackbits(freed[number][:n_bytes], bitorder="little")[:n_bits]
+        for held in self.held.bitmaps(number):
+            bits |= np.unpackbits(held[:n_bytes], bitorder="little")[:n_bits]
         first, stop = self.reserved(number)
         bits[first:stop] = 1
         bits[n_blocks:] = 1

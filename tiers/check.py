@@ -7,13 +7,13 @@ import numpy as np
 from tiers.allocator import BITMAP_BLOCKS, BLOCK_BYTES, COLD_GROUP
 from tiers.checksum import bound_crc32c
 from tiers.errors import CorruptionError
+from tiers.nodes import Node
 from tiers.page_map import (
     ABSENT_WORD,
     ALLOCATION,
     FANOUT_BITS,
     FIRST_SPACE,
     SPACES,
-    Node,
     Words,
     unpack_entry,
 )

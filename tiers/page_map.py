@@ -36,10 +36,11 @@ from tiers.entries import pack_entries as pack_entries
 from tiers.entries import pack_entry as pack_entry
 from tiers.entries import unpack_entry as unpack_entry
 from tiers.errors import CorruptionError
+from tiers.nodes import FANOUT as FANOUT
+from tiers.nodes import FANOUT_BITS as FANOUT_BITS
+from tiers.nodes import Key, Node
 from tiers.root import TreeTop
 
-FANOUT_BITS = 8
-FANOUT = 1 << FANOUT_BITS
 ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
 TREE_NUMBERS = {"allocation": ALLOCATION, "spaces": SPACES, "catalogue": CATALOGUE}
 NODES_MIN = 64
@@ -48,7 +49,6 @@ FEW_NODES = 32
 
 Indices = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
-Key = tuple[int, int, int]
 
 
 def depth_of(n_objects: int) -> int:
@@ -57,30 +57,6 @@ def depth_of(n_objects: int) -> int:
     while n_objects > FANOUT**depth:
         depth += 1
     return depth
-
-
-class Node:
-    """A cached node or 4 KiB object: which one it is, where it lies, and its bytes.
-
-    `parent` is the cached node that names it, in entry `place`; None if the root does.
-    """
-
-    __slots__ = (
-        *("block", "dirty", "frame", "key", "n_children", "parent", "place", "raw", "version"),
-        "words",
-    )
-
-    def __init__(self, key: Key, frame: int, raw: Bitmap, block: int, version: int) -> None:
-        self.key = key
-        self.parent: Node | None = None
-        self.place = 0
-        self.frame = frame
-        self.raw = raw
-        self.words: Words = raw.view(np.uint64).reshape(FANOUT, 2)
-        self.block = block
-        self.version = version
-        self.dirty = False
-        self.n_children = 0
 
 
 class PageMap:

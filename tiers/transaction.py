@@ -28,12 +28,12 @@ from tiers.errors import (
 )
 from tiers.files import StoreFiles
 from tiers.leftovers import blot_out
+from tiers.nodes import Node
 from tiers.page_map import (
     CATALOGUE,
     FIRST_SPACE,
     SPACES,
     TREE_NUMBERS,
-    Node,
     blocks_of,
     depth_of,
 )
@@ -122,7 +122,7 @@ class Transaction:
         """Take what every commit writes anyway, once a transaction."""
         if not self.is_changed:
             # Asked as late as can be: a reader that has ended meanwhile keeps nothing back.
-            if self._pager.allocator.is_holding:
+            if self._pager.allocator.held:
                 self._pager.allocator.release(self._files.oldest_reader())
             self._reserve_pieces(self._catalogue_bytes)
             self.is_changed = True
@@ -321,7 +321,7 @@ class Transaction:
                 pager.frames.private[:] = False
             self._begin()
             allocator.committed(root.commit)
-            if allocator.is_holding_packs:
+            if allocator.held.has_packs:
                 allocator.release(self._files.oldest_reader())
         self.remove_dead_packs()
         return root
