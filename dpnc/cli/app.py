@@ -37,7 +37,7 @@ app = typer.Typer(
 )
 errors = Console(stderr=True)
 
-FIELDS, STORES = "Fields", "Stores"
+FIELDS, STORES, MACHINE = "Fields", "Stores", "This machine"
 """Headings in the list of commands."""
 
 Json = Annotated[

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 # Each module adds its commands to the application.
-from dpnc.cli import fields, stores
+from dpnc.cli import benches, fields, stores
 from dpnc.cli.app import app
 
-__all__ = ["app", "fields", "main", "stores"]
+__all__ = ["app", "benches", "fields", "main", "stores"]
 
 
 def main() -> None:

@@ -191,6 +191,35 @@ def print_salvage(document: dict[str, Any]) -> None:
         _say(f"lost: {', '.join(document['lost'])}")
 
 
+def print_lookups(document: dict[str, Any]) -> None:
+    """Print what `dpnc bench lookup` found."""
+    header = (
+        "rows a level",
+        "field",
+        "points/s",
+        "rows/s",
+        "random lines/s",
+        "in order",
+        "rows a line",
+    )
+    rows = []
+    for size in document["sizes"]:
+        points = size["points_per_s"]
+        rows.append(
+            (
+                f"2^{size['log2_rows_per_level']}",
+                mib(size["field_bytes"]),
+                f"{points / 1e6:.2f} M",
+                f"{size['rows_per_line'] * size['lines_per_s'] / 1e6:,.0f} M",
+                f"{size['lines_per_s'] / 1e6:,.0f} M",
+                f"{size['stream_bytes_per_s'] / 1e9:.1f} GB/s",
+                f"{size['rows_per_line']:.2f}",
+            )
+        )
+    _say(f"{document['dtype']}, {document['threads']} thread(s), everything in memory")
+    Console().print(_table(header, tuple(rows)))
+
+
 def _what_is_damaged(damage: dict[str, Any]) -> str:
     first, stop = damage["first_page"], damage["stop_page"]
     if stop - first == 1 and damage["level"] == 0:
