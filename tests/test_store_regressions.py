@@ -22,6 +22,7 @@ import tiers.reached
 import tiers.tags
 import tiers.transaction
 from tiers import Budget, Constant, Migration, Space, SpaceSpec, Store
+from tiers.allocator import COLD_GROUP
 from tiers.catalogue import MetaError
 from tiers.errors import (
     CorruptionError,
@@ -36,6 +37,8 @@ from tiers.errors import (
 )
 from tiers.jobs import run_all
 from tiers.memory import budget_min
+from tiers.page_map import ABSENT_WORD, CATALOGUE, NODES_MIN, TREE_NUMBERS, PageMap
+from tiers.root import TreeTop
 from tiers.testing import Fault, FaultDisk, PowerCut, power_cut
 
 PAGE = 4096
@@ -434,3 +437,38 @@ def test_a_view_of_the_arena_outlives_the_store(tmp_path):
             view = store.arena[claim.frames[0][0]]
     assert (view == 3).all()
     assert len(store.arena) == 0
+
+
+@pytest.mark.parametrize("n_cached", range(60, 70))
+def test_a_tree_that_grows_while_its_top_is_evicted_names_the_top_as_it_was_written(
+    n_cached: int,
+) -> None:
+    """The first pack of a cold tier makes the tree of bitmaps deeper; its top had no checksum."""
+    blocks: dict[int, bytes] = {}
+    free = iter(range(1, 10_000))
+
+    def read(places: Any, buffers: Any) -> None:
+        for place, buffer in zip(places, buffers, strict=True):
+            buffer[:] = np.frombuffer(blocks[place], np.uint8)
+
+    def write(places: Any, memory: Any, rows: Any) -> None:
+        for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+            blocks[place] = memory[row].tobytes()
+
+    trees = PageMap(
+        *(b"0123456789abcdef", read, write),
+        *(lambda: next(free), lambda block, n_blocks, version: None, NODES_MIN),
+    )
+    empty = {tree: TreeTop(ABSENT_WORD, ABSENT_WORD, 1) for tree in TREE_NUMBERS.values()}
+    trees.begin(1, empty, {})
+    trees.private_bitmap(0)[:8] = 7
+    # Until the nodes of another tree have taken the cache, more or less.
+    for piece in range(n_cached):
+        trees.private_object(CATALOGUE, piece)
+    trees.private_bitmap(COLD_GROUP)[:8] = 8
+    trees.flush()
+    trees.begin(2, trees.tops, {})
+    trees.forget()
+    found = [trees.bitmap(0), trees.bitmap(COLD_GROUP)]
+    assert found[0] is not None and found[1] is not None
+    assert [bytes(bitmap[:8]) for bitmap in found if bitmap is not None] == [b"\7" * 8, b"\10" * 8]

@@ -551,11 +551,11 @@ class PageMap:
         """Add levels on top of a tree of the root until it covers object `index`."""
         top = self.tops[tree]
         while index >> FANOUT_BITS * top.depth:
-            had = (top.word0, top.word1)
-            if had[0] == ABSENT_WORD:
+            if top.word0 == ABSENT_WORD:
                 top.depth += 1
                 continue
             frame = self._frame()
+            had = (top.word0, top.word1)  # now: that may have evicted, and so named, the top itself
             top.depth += 1
             node = self._new_node((tree, top.depth, 0), frame)
             # Before a block is taken: that may descend from this very node.
