@@ -33,6 +33,9 @@ def as_numpy(what: str, array: Any, error: type[FieldError]) -> npt.NDArray[Any]
             f"{what} must be a numpy array or speak DLPack, which {type(array).__name__} does not"
         )
     try:
+        # torch marks a tensor as negated instead of changing it, and its capsule does not say so.
+        if getattr(array, "is_neg", bool)():
+            array = array.resolve_neg()
         return np.from_dlpack(array)
-    except (BufferError, RuntimeError, TypeError, ValueError) as refused:
-        raise error(f"{what} cannot be taken by DLPack: {refused}") from refused
+    except Exception as refused:  # whatever the other library raises
+        raise error(f"{what} cannot be taken by DLPack: {refused!r:.300}") from refused

@@ -196,6 +196,7 @@ class Field(Learned):
         wrt: str = "features",
         max_level: int | None = None,
         learning_rate: float | None = None,
+        since: int | None = None,
     ) -> None:
         """Take one optimiser step against a gradient.
 
@@ -211,6 +212,9 @@ class Field(Learned):
         learning_rate : float, optional
             Of this update, in place of the optimiser's: schedules are the caller's, who keeps the
             step in the `meta` of a commit.
+        since : int, optional
+            What `changes` was when the rows were read that the gradient belongs to; refused if they
+            have changed meanwhile, in whatever thread.
 
         Raises
         ------
@@ -218,6 +222,8 @@ class Field(Learned):
             If `x` or `grad` is refused. Nothing has changed.
         OptimizerError
             If the field was created without an optimiser, or the learning rate is refused.
+        StaleForwardError
+            If `changes` is not `since` any more. Nothing has changed.
         tiers.errors.StoreFullError
             If there is no room for the pages that are written first. Nothing has changed.
         tiers.errors.TierError
@@ -233,6 +239,7 @@ class Field(Learned):
             grad = checked_gradient(grad, len(x), self._need_head()[0].n_outputs)
         n_levels = self._n_levels(max_level)
         with self._sharing.writing(), self.store.write_section():
+            self.require_unchanged(since)
             if len(x) == 0:
                 return
             requests = self._rows.requests_of_pages(self._reader.pages(x, n_levels))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar, Self
 
-from dpnc.errors import FieldFormatError, OptimizerError
+from dpnc.errors import FieldFormatError, OptimizerError, StaleForwardError
 from dpnc.lookahead import LookAhead
 from dpnc.optim import SGD, Adam, optimizer_from_dict
 from dpnc.rows import TrainedRows
@@ -132,6 +132,14 @@ class Learned:
                 for space in self.store.spaces
             },
         }
+
+    def require_unchanged(self, since: int | None) -> None:
+        """Raise `StaleForwardError` if `changes` is not `since` any more; None is always right."""
+        if since is not None and self.changes != since:
+            raise StaleForwardError(
+                f"rows of {self.store.path} have changed since the forward pass; its gradient "
+                "would be that of other rows"
+            )
 
     def verify(self) -> dict[str, int]:
         """Read everything back from disk and recount the store; see `tiers.Store.check`."""

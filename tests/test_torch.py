@@ -254,11 +254,124 @@ def test_an_empty_batch_is_fine(layer, field):
 def test_what_is_no_field_is_refused(tmp_path):
     with pytest.raises(FieldError, match="str"):
         HashGrid("field")
+
+
+def test_a_field_that_cannot_learn_gives_features_without_a_gradient(tmp_path):
     with new_field(tmp_path / "still", optimizer=None) as still:
-        layer = HashGrid(still)
-        layer(points()).sum().backward()
-        with pytest.raises(OptimizerError):
-            layer.step()
+        assert not HashGrid(still)(points()).requires_grad
+    new_field(tmp_path / "field").close()
+    with dpnc.open(tmp_path / "field", budget="4MiB", read_only=True) as read:
+        layer = HashGrid(read)
+        mlp = torch.nn.Linear(8, 1)
+        mlp(layer(points())).sum().backward()
+        assert layer.n_pending == 0 and mlp.weight.grad is not None
+        layer.step()
+
+
+def test_a_frozen_layer_notes_nothing(layer, field):
+    assert layer.requires_grad_(False) is layer
+    assert not layer(points()).requires_grad
+    layer.requires_grad_()
+    layer(points()).sum().backward()
+    layer.step()
+    assert field.updates == 1
+
+
+def test_a_scaled_loss_and_a_clipped_norm(layer, field, tmp_path):
+    (layer(points()).sum() * 1024).backward()
+    assert layer.pending_norm() == pytest.approx(1024 * 800**0.5)
+    layer.step(grad_scale=1 / 1024)
+    layer(points(seed=1)).sum().backward()
+    layer.step(grad_scale=min(1.0, 0.5 / layer.pending_norm()))
+    with new_field(tmp_path / "other") as other:
+        grad = np.ones((100, 8), np.float32)
+        other.update(points(), grad)
+        other.update(points(seed=1), grad * np.float32(0.5 / 800**0.5))
+        assert other.digest() == field.digest()
+
+
+def test_torch_compile_leaves_the_layer_as_it_is(layer, field, tmp_path):
+    net = torch.nn.Sequential(layer, torch.nn.Linear(8, 1))
+    compiled = torch.compile(net, backend="eager")
+    for step in range(3):
+        x = points(seed=step)
+        loss = compiled(x).square().mean()
+        assert loss.item() == pytest.approx(net(x).square().mean().item())
+        loss.backward()
+        layer.step()
+    assert field.updates == 3
+    field.commit()
+
+
+def test_points_of_numpy_are_copied_whatever_their_strides(layer, field, tmp_path):
+    x = points().numpy()
+    buffer = x[::-1].copy()
+    features = layer(buffer[::-1])
+    assert (features.detach().numpy() == field.query(x)).all()
+    buffer[:] = 0.25
+    features.sum().backward()
+    layer.step()
+    with new_field(tmp_path / "other") as other:
+        other.update(x, np.ones((100, 8), np.float32))
+        assert other.digest() == field.digest()
+    with pytest.raises(PointsError):
+        layer(x.astype(">f4"))
+    with pytest.raises(PointsError, match="sparse"):
+        layer(torch.zeros((3, 2)).to_sparse())
+
+
+def test_a_negative_bit_is_resolved(layer, field, tmp_path):
+    x = points()
+    negated = torch.complex(torch.zeros(100, 2), x).conj().imag
+    assert negated.is_neg()
+    with pytest.raises(PointsError, match="must be in"):
+        layer(negated)
+    with pytest.raises(PointsError, match="must be in"):
+        field.query(negated)
+    real = torch.complex(torch.zeros(100, 2), -x).conj().imag
+    assert real.is_neg() and (field.query(real) == field.query(x)).all()
+    field.update(x, torch.complex(torch.zeros(100, 8), torch.ones(100, 8)).conj().imag)
+    features = layer(x)
+    torch.complex(torch.zeros(100, 8), features).conj().abs().sum().backward()
+    layer.step()
+    with new_field(tmp_path / "other") as other:
+        other.update(x, -np.ones((100, 8), np.float32))
+        other.update(x, np.sign(other.query(x)))
+        assert other.digest() == field.digest()
+
+
+def test_an_update_since_is_noticed_under_the_lock(field):
+    x, grad = points().numpy(), np.ones((100, 8), np.float32)
+    since = field.changes
+    field.update(x, grad, since=since)
+    before = field.digest()
+    with pytest.raises(StaleForwardError):
+        field.update(x, grad, since=since)
+    assert field.digest() == before and field.updates == 1
+
+
+def test_what_waits_while_another_thread_steps_is_kept_or_refused(layer, field, monkeypatch):
+    layer(points()).sum().backward()
+    late = layer(points(seed=1))
+    update = field.update
+
+    def meanwhile(*arguments, **options):
+        late.sum().backward()
+        update(*arguments, **options)
+
+    monkeypatch.setattr(field, "update", meanwhile)
+    layer.step()
+    assert layer.n_pending == 100
+    monkeypatch.setattr(field, "update", update)
+    with pytest.raises(StaleForwardError):
+        layer.step()
+    fresh = layer(points(seed=2))
+    with pytest.raises(StaleForwardError, match="earlier pass"):
+        fresh.sum().backward()
+    layer.zero_grad()
+    layer(points()).sum().backward()
+    layer.step()
+    assert field.updates == 2
 
 
 def test_it_is_neither_copied_nor_pickled(layer):
@@ -269,6 +382,8 @@ def test_it_is_neither_copied_nor_pickled(layer):
             attempt(torch.nn.Sequential(layer)) if attempt is not copy.copy else attempt(layer)
     with pytest.raises(FieldError, match="one writer"):
         torch.save(layer, io.BytesIO())
+    with pytest.raises(FieldError, match="one writer"):
+        layer._replicate_for_data_parallel()
 
 
 def test_a_state_says_of_which_update_the_rows_are(layer, field, tmp_path):
@@ -288,6 +403,11 @@ def test_a_state_says_of_which_update_the_rows_are(layer, field, tmp_path):
     torch.nn.Sequential(layer).load_state_dict(state)
     with pytest.raises(FieldFormatError, match="None"):
         layer.set_extra_state("nonsense")
+    with new_field(tmp_path / "other") as other:
+        other.update(points(), np.ones((100, 8), np.float32))
+        assert other.updates == field.updates
+        with pytest.raises(FieldFormatError, match=r"of store"):
+            torch.nn.Sequential(HashGrid(other)).load_state_dict(state)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -345,6 +345,11 @@ class Store(Contents, Residence, Upkeep):
         return self._condition.forked
 
     @property
+    def id(self) -> str:
+        """What tells this store from others: 32 hexadecimal digits, made with it."""
+        return self._transaction.root.store_id.hex()
+
+    @property
     def page_bytes(self) -> int:
         return self._files.root.page_bytes
 
