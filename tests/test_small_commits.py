@@ -1,6 +1,8 @@
 """Commits of a few pages: all in one batch, and nothing of it where the device refuses it."""
 
 import errno
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from tests.fault_disks import images, new_disk
 from tiers import Store
 from tiers.allocator import Allocator
+from tiers.condition import Condition
 from tiers.disk import OsDisk
-from tiers.errors import CorruptionError, StoreIOError
+from tiers.errors import CorruptionError, StoreIOError, StorePoisonedError
 from tiers.page_map import FEW_NODES, PageMap
 from tiers.slots import SlotFile
 from tiers.tags import PAGES_MAX, Tag, Tags
@@ -230,3 +233,74 @@ def test_many_dirty_nodes_are_named_as_few_are(monkeypatch):
                 store.commit()
         named[few] = crcs
     assert named[FEW_NODES] == named[0]
+
+
+class Stop(KeyboardInterrupt):
+    """Ctrl-C, at a line of our choice."""
+
+
+def stop_at(number):
+    """Commit; raise at the line with this number of the modules in question.
+
+    Returns the disk, the store, and whether there was such a line.
+    """
+    disk = new_disk()
+    store = new_store(disk)
+    fill(store, range(4), 2)
+    seen = set()
+
+    def trace(frame, event, arg):
+        if Path(frame.f_code.co_filename).name not in ("transaction.py", "condition.py"):
+            return None
+        # Once: a `with` is come back to for what no signal can come before.
+        line = id(frame), frame.f_lineno
+        if event == "line" and line not in seen:
+            seen.add(line)
+            frames.append(frame)
+            if len(seen) == number:
+                sys.settrace(None)
+                raise Stop
+        return trace
+
+    frames = []  # kept, for their ids to stay theirs
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        store.commit()
+    except Stop:
+        pass
+    finally:
+        sys.settrace(previous)
+    return disk, store, len(seen) >= number
+
+
+def check_interrupts(numbers):
+    """Interrupt commits at these lines, each a commit of its own, until one is not reached."""
+    for number in numbers:
+        disk, store, was_reached = stop_at(number)
+        if was_reached and store._condition.poison is None:
+            # Not poisoned, so all must be as it was, and nothing of the last commit reused.
+            fill(store, range(N_PAGES), 4)
+            store._pager.write_pages(np.flatnonzero(store._pager.frames.dirty))
+            store._pager.slots.sync()
+        for image in images(disk, 3):
+            with Store.open(PATH, 1 << 20, disk=image) as found:
+                assert values(found) in ([1] * N_PAGES, [2] * 4 + [1] * (N_PAGES - 4))
+                found.check()
+        with suppress(StorePoisonedError):
+            store.check()
+            store.commit()
+        store.close()
+        if not was_reached:
+            return
+    raise AssertionError("a commit has more lines")
+
+
+def test_a_commit_may_be_interrupted_at_any_line():
+    check_interrupts(range(1, 1000, 2))
+
+
+def test_an_interrupt_between_two_guards_would_be_noticed(monkeypatch):
+    monkeypatch.setattr(Condition, "poison_by", lambda self, action, failure: None)
+    with pytest.raises((AssertionError, CorruptionError)):
+        check_interrupts(range(1, 1000))

@@ -137,6 +137,7 @@ class Allocator:
         self._emptied: list[int] = []
         self.spare: list[int] = []
         self._settled_spare: list[int] = []
+        self._settled_worn: set[int] = set()
         self._cursor = 0
         self._pending: dict[int, Bitmap] = {}
         self.held = HeldFrees()
@@ -336,6 +337,7 @@ class Allocator:
         for block in self.spare:
             self.give_back(block, 1, None)
         self._settled_spare, self.spare = self.spare, []
+        self._settled_worn = set(self.worn_packs)
         for number, freed in self._pending.items():
             bitmap = self._tree.private_bitmap(number)
             n_freed = self._books.clear_bits(bitmap, freed)
@@ -362,6 +364,7 @@ class Allocator:
             else:
                 self.cold_blocks += _count(freed)
         self._emptied.clear()
+        self.worn_packs = self._settled_worn
         for block in self._settled_spare:
             number, bit = divmod(block, BITMAP_BLOCKS)
             self._pending[number][bit >> 3] &= np.uint8(0xFF ^ (1 << (bit & 7)))
@@ -377,9 +380,15 @@ class Allocator:
         """Let be taken what commits freed that no reader is older than; see `HeldFrees.let_go`."""
         groups, packs = self.held.let_go(oldest_reader)
         self.dead_packs += packs
-        for number in groups:
-            if number < len(self._free_slots) and self._free_slots[number] != UNKNOWN:
-                self._summarise(number, self._tree.bitmap(number))
+        n_known = len(self._free_slots)
+        known = [n for n in set(groups) if n < n_known and self._free_slots[n] != UNKNOWN]
+        # Unknown until they are counted: reading a bitmap may fail.
+        for number in known:
+            self._free_slots[number] = self._free_odd[number] = UNKNOWN
+        self._unknown += known
+        for number in known:
+            self._summarise(number, self._tree.bitmap(number))
+            self._unknown.remove(number)
 
     def is_used(self, number: int) -> npt.NDArray[np.bool_]:
         """Return which blocks of a group its bitmap marks as used, (32768,); tags it does not."""
@@ -492,15 +501,15 @@ class Allocator:
         broken = np.flatnonzero((used > 0) & (used < self.blocks_per_slot))
         if len(broken) and (self.is_thrifty or len(whole) == 0):
             # The emptiest first: what is written together then lies together.
-            rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS][::-1]
+            rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS]
         else:
-            # The last one first: the slot behind them is likely to be a page's, in one run then.
             rows = whole[: max(1, SPARE_BLOCKS // self.blocks_per_slot)]
         row_of, column_of = np.nonzero(bits[rows] == 0)
         row_of, column_of = row_of[:SPARE_BLOCKS], column_of[:SPARE_BLOCKS]
         self._mark(number, bitmap, bits, rows[row_of], column_of)
         blocks = rows[row_of] * self.blocks_per_slot + column_of + number * BITMAP_BLOCKS
-        self.spare = blocks.tolist()
+        # Of a whole slot the last one first: behind it is likely to be a page, in one run then.
+        self.spare = blocks.tolist() if used[rows[0]] == 0 else blocks[::-1].tolist()
 
     def _mark(
         self,

@@ -154,6 +154,7 @@ class Compaction:
         self._reclaim(reached)
         del reached
         with self._alone():
+            self._allocator.release(self._files.oldest_reader())
             cut = self._choose_cut(pinned_end)
         if cut < self._allocator.file_blocks:
             self._move_below(cut)

@@ -13,6 +13,7 @@ Key = tuple[int, int, int]
 """Tree, level and index of a node."""
 Bitmap = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
 
 
 class Node:
@@ -37,3 +38,16 @@ class Node:
         self.version = version
         self.dirty = False
         self.n_children = 0
+
+
+def runs_of(indices: Indices) -> list[tuple[int, int, int]]:
+    """Return (parent, start, stop) for each stretch of `indices` under one level-1 node."""
+    if len(indices) == 0:
+        return []
+    first, last = int(indices[0]) >> FANOUT_BITS, int(indices[-1]) >> FANOUT_BITS
+    if first == last:
+        return [(first, 0, len(indices))]
+    parents = indices >> FANOUT_BITS
+    starts = np.flatnonzero(np.diff(parents, prepend=parents[0] - 1))
+    stops = np.append(starts[1:], len(indices))
+    return [(int(parents[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]

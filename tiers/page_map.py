@@ -38,7 +38,7 @@ from tiers.entries import unpack_entry as unpack_entry
 from tiers.errors import CorruptionError
 from tiers.nodes import FANOUT as FANOUT
 from tiers.nodes import FANOUT_BITS as FANOUT_BITS
-from tiers.nodes import Key, Node
+from tiers.nodes import Key, Node, runs_of
 from tiers.root import TreeTop
 
 ALLOCATION, SPACES, CATALOGUE, FIRST_SPACE = 1, 2, 3, 16
@@ -160,7 +160,7 @@ class PageMap:
 
     def lookup(self, tree: int, indices: Indices) -> Words:
         """Return the entries of objects, uint64 (n, 2), absent ones all ones; `indices` ascend."""
-        runs = _runs(indices)
+        runs = runs_of(indices)
         if len(runs) == 1:
             node = self._get(tree, 1, runs[0][0])
             if node is not None:
@@ -224,7 +224,7 @@ class PageMap:
     def set_entries(self, tree: int, indices: Indices, entries: Words) -> None:
         """Set the entries of objects, whose path becomes private; `indices` ascend."""
         with self._changing():
-            runs = _runs(indices)
+            runs = runs_of(indices)
             nodes = [self._still_private((tree, 1, parent)) for parent, _, _ in runs]
             if None in nodes:
                 for parent, start, stop in runs:
@@ -256,7 +256,7 @@ class PageMap:
         What the entries named is the caller's to give back.
         """
         with self._changing():
-            for parent, start, stop in _runs(indices):
+            for parent, start, stop in runs_of(indices):
                 node = self._make_private(tree, 1, parent)
                 node.words[indices[start:stop] & (FANOUT - 1)] = ABSENT_WORD
                 self._remove_empty(tree, 1, parent)
@@ -353,6 +353,10 @@ class PageMap:
     def flush(self) -> None:
         """Write every dirty node; the tops then name the whole state."""
         self.write(self.name_dirty())
+
+    @property
+    def n_dirty(self) -> int:
+        return sum(node.dirty for node in self._private.values())
 
     def name_dirty(self) -> list[Node]:
         """Name every dirty node, children before parents, and return them, to be written.
@@ -585,16 +589,3 @@ class PageMap:
         del self._nodes[key]
         self._private.pop(key, None)
         self._free_frames.append(node.frame)
-
-
-def _runs(indices: Indices) -> list[tuple[int, int, int]]:
-    """Return (parent, start, stop) for each stretch of `indices` under one level-1 node."""
-    if len(indices) == 0:
-        return []
-    first, last = int(indices[0]) >> FANOUT_BITS, int(indices[-1]) >> FANOUT_BITS
-    if first == last:
-        return [(first, 0, len(indices))]
-    parents = indices >> FANOUT_BITS
-    starts = np.flatnonzero(np.diff(parents, prepend=parents[0] - 1))
-    stops = np.append(starts[1:], len(indices))
-    return [(int(parents[a]), int(a), int(b)) for a, b in zip(starts, stops, strict=True)]

@@ -51,7 +51,8 @@ from tiers.space import Space, SpaceSpec
 
 MANY = 1 << 62
 TOGETHER_PAGES = 10
-"""A commit of so few pages writes them with its nodes, in one batch."""
+TOGETHER_NODES = 200
+"""A commit of so few pages and nodes writes them in one batch."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -291,6 +292,16 @@ class Transaction:
 
     def commit_catalogue(self, catalogue: Catalogue) -> Root:
         """Make the transaction durable with this catalogue, even if nothing else has changed."""
+        try:
+            return self._commit(catalogue)
+        except TierError:
+            raise
+        except BaseException as failure:
+            # An interrupt between two guards is seen by neither.
+            self._condition.poison_by("commit", failure)
+            raise
+
+    def _commit(self, catalogue: Catalogue) -> Root:
         pager, allocator = self._pager, self._pager.allocator
         cold_blocks = allocator.cold_blocks - allocator.waiting_cold_blocks
         if cold_blocks != catalogue.cold_blocks:
@@ -301,7 +312,8 @@ class Transaction:
             self._reserve_pieces(len(content))
         dirty = np.flatnonzero(pager.frames.dirty)
         state = catalogue, content, outline
-        if len(dirty) > TOGETHER_PAGES or self._are_many_abandoned():
+        are_few = len(dirty) <= TOGETHER_PAGES and pager.map.n_dirty <= TOGETHER_NODES
+        if not are_few or self._are_many_abandoned():
             root = self._write_apart(dirty, *state)
         else:
             root = self._write_together(dirty, *state) or self._write_apart(dirty, *state)
@@ -375,7 +387,8 @@ class Transaction:
                         # Few runs take longer in several threads than one after the other.
                         pager.slots.write_blocks(blocks, contents, in_flight=1)
                     except TierError:
-                        pager.allocator.unsettle()
+                        with self._condition.poisoning("commit"):
+                            pager.allocator.unsettle()
                         raise
             except (StoreIOError, StoreFullError):
                 return None
@@ -395,6 +408,8 @@ class Transaction:
         page_map, allocator = self._pager.map, self._pager.allocator
         self._write_catalogue(content)
         allocator.settle()
+        # It may read bitmaps, and so evict nodes: before they are chosen.
+        abandoned = self._abandoned_now()
         nodes = page_map.name_dirty()
         root = Root(
             self.root.store_id,
@@ -406,7 +421,7 @@ class Transaction:
             version=self._version,
             next_version=self._version + 1,
             used_blocks=allocator.used_blocks,
-            abandoned=self._abandoned_now(),
+            abandoned=abandoned,
             has_tags=self.root.has_tags,
             has_cold=catalogue.next_pack > 0,
             outline=outline,

@@ -229,6 +229,10 @@ class Writeback:
                     raise
                 self.allocator.ensure(1, self.allocation_bound(2))
                 block = self.allocator.take_slots(1)
+                if self.tags is not None:
+                    # The device may have a tag that says that the page lies there.
+                    none = np.zeros(1, np.int64)
+                    self.tags.note(self.frames.block[[frame]], none, none, 0, none)
                 self.frames.block[frame] = block[0]
                 self.map.set_entries(
                     FIRST_SPACE + number,
