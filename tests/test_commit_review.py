@@ -8,6 +8,7 @@ import pytest
 
 from tests.fault_disks import new_disk
 from tiers import Store
+from tiers.allocator import UNKNOWN
 from tiers.errors import StoreIOError
 from tiers.salvage import salvage
 from tiers.testing import Fault, FaultDisk
@@ -192,6 +193,8 @@ def test_blocks_that_were_let_go_are_found_after_a_read_that_failed():
     with pytest.raises(StoreIOError):
         put(store, [100 * 256], 5)
     disk.inject(None)
+    allocator = store._pager.allocator
+    assert allocator._free_slots[0] == UNKNOWN and 0 in allocator._unknown
     put(store, range(256, 100 * 256, 256), 2)
     store.commit()
     assert store._pager.allocator.file_blocks == n_blocks
