@@ -29,14 +29,7 @@ from tiers.errors import (
 from tiers.files import StoreFiles
 from tiers.leftovers import blot_out
 from tiers.nodes import Node
-from tiers.page_map import (
-    CATALOGUE,
-    FIRST_SPACE,
-    SPACES,
-    TREE_NUMBERS,
-    blocks_of,
-    depth_of,
-)
+from tiers.page_map import CATALOGUE, FIRST_SPACE, SPACES, TREE_NUMBERS, blocks_of, depth_of
 from tiers.pager import Pager, Request
 from tiers.root import (
     ABANDONED_MAX,
@@ -49,7 +42,6 @@ from tiers.root import (
 from tiers.saved_trees import DAMAGE, SavedTrees
 from tiers.space import Space, SpaceSpec
 
-MANY = 1 << 62
 TOGETHER_PAGES = 10
 TOGETHER_NODES = 200
 """A commit of so few pages and nodes writes them in one batch."""
@@ -310,8 +302,7 @@ class Transaction:
         with self._condition.guarding("commit"):
             self.begin_change()
             self._reserve_pieces(len(content))
-        dirty = np.flatnonzero(pager.frames.dirty)
-        state = catalogue, content, outline
+        dirty, state = np.flatnonzero(pager.frames.dirty), (catalogue, content, outline)
         are_few = len(dirty) <= TOGETHER_PAGES and pager.map.n_dirty <= TOGETHER_NODES
         if not are_few or self._are_many_abandoned():
             root = self._write_apart(dirty, *state)
@@ -320,8 +311,7 @@ class Transaction:
         with self._condition.poisoning("commit"):
             self.root = root
             if catalogue is not self._document[0]:
-                # What is kept shares nothing with what the caller may change.
-                catalogue = Catalogue.decode(content)
+                catalogue = Catalogue.decode(content)  # shares nothing with the caller
             self._document = catalogue, content, outline
             self.catalogue = catalogue
             self.counts["commits"] += 1
@@ -393,7 +383,6 @@ class Transaction:
             except (StoreIOError, StoreFullError):
                 return None
         with self._condition.poisoning("commit"):
-            # Little but system calls from the write to the root: after each the code is cold.
             pager.slots.sync()
             self._files.write_root(root, copies)
             pager.map.note_written(nodes)
@@ -602,9 +591,7 @@ class Transaction:
                 self.abort()
             raise
         except BaseException as failure:
-            self._condition.poison = (
-                self._condition.poison or f"a change was cut short: {failure!r}"
-            )
+            self._condition.poison_by("a change", failure)
             raise
 
     def require_nothing_open(self, reason: str) -> None:
