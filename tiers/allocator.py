@@ -499,7 +499,8 @@ class Allocator:
         used = bits.sum(axis=1)
         whole = np.flatnonzero(used == 0)
         broken = np.flatnonzero((used > 0) & (used < self.blocks_per_slot))
-        if len(broken) and (self.is_thrifty or len(whole) == 0):
+        breaks_none = len(broken) > 0 and (self.is_thrifty or len(whole) == 0)
+        if breaks_none:
             # The emptiest first: what is written together then lies together.
             rows = broken[np.argsort(used[broken], kind="stable")][:SPARE_BLOCKS]
         else:
@@ -509,7 +510,7 @@ class Allocator:
         self._mark(number, bitmap, bits, rows[row_of], column_of)
         blocks = rows[row_of] * self.blocks_per_slot + column_of + number * BITMAP_BLOCKS
         # Of a whole slot the last one first: behind it is likely to be a page, in one run then.
-        self.spare = blocks.tolist() if used[rows[0]] == 0 else blocks[::-1].tolist()
+        self.spare = blocks[::-1].tolist() if breaks_none else blocks.tolist()
 
     def _mark(
         self,
