@@ -45,8 +45,6 @@ FINEST, FINEST_OF_LARGE, LARGE_LOG2 = 2048, 8192, 22
 BATCH = 1 << 16
 RAY_POINTS = 128
 PRIMES = (1, 2654435761, 805459861)
-AHEAD = 96
-"""Rows that `lines` asks for before it reads them."""
 
 Floats = npt.NDArray[np.float32]
 Run = Callable[[Floats], object]
@@ -132,6 +130,7 @@ def _measure(log2: int, asked: argparse.Namespace, directory: Path) -> dict[str,
 
 def _kernels(field: dpnc.Field, threads: int) -> dict[str, Run]:
     from dpnc.kernels import grid, plain
+    from dpnc.kernels.probe import read_lines
     from dpnc.workers import Workers
 
     reader = field._reader
@@ -149,7 +148,7 @@ def _kernels(field: dpnc.Field, threads: int) -> dict[str, Run]:
         paged = values.reshape(-1), space.page_table, shift, marks, out[: len(x)]
         plain.forward(x, table.scales, table.geometry, N_FEATURES, *paged, 0, len(x))
 
-    place, read = _line_kernels()
+    place = _line_kernel()
     known: dict[int, npt.NDArray[np.int64]] = {}
 
     def lines(x: Floats) -> None:
@@ -159,7 +158,7 @@ def _kernels(field: dpnc.Field, threads: int) -> dict[str, Run]:
             geometry = table.scales, table.geometry, N_FEATURES
             place(x, *geometry, space.page_table, shift, places)
             known[at] = places
-        read(values.reshape(-1), known[at])
+        read_lines(values.reshape(-1), known[at], 0, len(known[at]))
 
     def in_batches(run: Run) -> Run:
         def each(x: Floats) -> None:
@@ -174,11 +173,11 @@ def _kernels(field: dpnc.Field, threads: int) -> dict[str, Run]:
     return {name: in_batches(run) for name, run in found.items()}
 
 
-def _line_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _line_kernel() -> Callable[..., Any]:
+    """Return what fills in the place of each value that a query reads, in its order."""
     from dpnc.encoding.level import OFFSET
     from dpnc.kernels.geometry import STRIP, address, locate
     from dpnc.kernels.jit import kernel
-    from dpnc.kernels.prefetch import prefetch
 
     @kernel.for_process
     def place(x, scales, geometry, n_features, page_table, page_shift, places):  # type: ignore[no-untyped-def]
@@ -198,24 +197,7 @@ def _line_kernels() -> tuple[Callable[..., Any], Callable[..., Any]]:
                         places[at] = ((frame << page_shift) | (row & mask)) * n_features
                         at += 1
 
-    @kernel.for_process
-    def read(values, places):  # type: ignore[no-untyped-def]
-        # Four sums, for none to wait for the one before.
-        a = b = c = d = np.float32(0)
-        for i in range(0, len(places) - AHEAD, 4):
-            prefetch(values, places[i + AHEAD])
-            prefetch(values, places[i + AHEAD + 1])
-            prefetch(values, places[i + AHEAD + 2])
-            prefetch(values, places[i + AHEAD + 3])
-            a += values[places[i]]
-            b += values[places[i + 1]]
-            c += values[places[i + 2]]
-            d += values[places[i + 3]]
-        for i in range(max(len(places) - AHEAD, 0), len(places)):
-            a += values[places[i]]
-        return a + b + c + d
-
-    return place, read
+    return place
 
 
 def _torch(grid: dpnc.HashGrid, threads: int) -> Run:
